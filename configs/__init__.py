@@ -1,0 +1,1 @@
+"""One file per experiment; each imports ml_collections and nothing else."""

@@ -1,0 +1,113 @@
+"""Every field that exists, with its default and its unit.
+
+The other configs start here and change what they must, so each is complete:
+`--config.anything` either names a field below or is refused. No field means
+different things in different stages.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """A complete config of a small Llama-like PPO run."""
+  config = ConfigDict()
+  config.stage = "ppo"  # pipeline, sft, reward_model, ppo
+  config.seed = 0
+
+  # The network, where it starts at random; a model that is loaded brings its
+  # own architecture, and of these only the last three fields are used.
+  config.model = ConfigDict()
+  config.model.vocab_size = 0  # 0: the tokenizer's
+  config.model.width = 64
+  config.model.layers = 2
+  config.model.heads = 4
+  config.model.kv_heads = 4
+  config.model.head_size = 16
+  config.model.mlp_width = 256
+  config.model.max_length = 128  # positions
+  config.model.norm = "rms"  # rms, layer
+  config.model.norm_epsilon = 1e-5
+  config.model.positions = "rope"  # rope, learned
+  config.model.rope_theta = 10_000.0
+  config.model.activation = "swiglu"  # swiglu, gelu
+  config.model.tie_embeddings = True
+  config.model.attention_bias = False
+  config.model.mlp_bias = False
+  config.model.compute_dtype = "float32"  # float32, bfloat16
+  config.model.unroll = 0  # layers per scan step; 0: all (small models)
+  config.model.remat = False  # recompute layers in the backward pass
+
+  config.policy = ConfigDict()
+  config.policy.path = ""  # a Hugging Face directory or a workdir; '': random
+  config.policy.tokenizer = ""  # a directory; '': the one beside the policy
+
+  config.reference = ConfigDict()
+  config.reference.kind = "frozen"  # the policy as it was before step 0
+
+  config.reward = ConfigDict()
+  config.reward.kind = "model"  # model, function, python
+  config.reward.path = ""  # model: a reward model's workdir
+  config.reward.function = ""  # function, python: module:function
+
+  config.kl = ConfigDict()
+  config.kl.beta = 0.05  # reward units per nat
+  config.kl.gradient = "sequence_reverse"
+  config.kl.estimator = "sampled"
+  config.kl.controller = "fixed"
+  config.kl.target = 0.0  # nats per response; for a controller that has one
+
+  config.rollout = ConfigDict()
+  config.rollout.prompt_length = 8  # tokens; longer prompts lose their start
+  config.rollout.response_length = 26  # tokens
+  config.rollout.temperature = 1.0
+  config.rollout.top_k = 0  # 0: off
+  config.rollout.top_p = 1.0  # 1: off
+  config.rollout.stop_ids = (-1,)  # (-1,): the model's own; (): never stop
+
+  config.ppo = ConfigDict()
+  config.ppo.epochs = 2
+  config.ppo.minibatches = 2
+  config.ppo.microbatches = 1  # per minibatch; gradients add up
+  config.ppo.clip_epsilon = 0.2
+  config.ppo.value_clip_epsilon = 0.2
+  config.ppo.value_coefficient = 0.1
+  config.ppo.gamma = 1.0
+  config.ppo.gae_lambda = 0.95
+  config.ppo.whiten_advantages = True
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule = "constant"  # constant, linear, cosine
+  config.optimizer.warmup_steps = 0
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.epsilon = 1e-8
+  config.optimizer.max_grad_norm = 1.0
+
+  config.data = ConfigDict()
+  config.data.path = ""  # .jsonl or .txt; '': the built-in language
+  config.data.size = 4096  # the built-in language: texts, or pairs
+  config.data.sequence_length = 64  # tokens of a packed row, or of a pair
+  config.data.heldout_fraction = 0.1
+
+  config.train = ConfigDict()
+  config.train.steps = 200
+  config.train.batch_size = 64
+  config.train.samples_every = 10  # steps between records in samples.jsonl
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1  # -1: the devices that fsdp and tensor leave
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 50  # steps; the last step is always saved
+  config.checkpoint.keep = 2  # newest checkpoints that stay on disk
+
+  # What a pipeline runs first, each a complete config of its own, in
+  # sub-workdirs; and the penalties that its PPO runs at once ((): kl.beta).
+  config.pipeline = ConfigDict()
+  config.sweep = ConfigDict()
+  config.sweep.betas = ()
+  return config

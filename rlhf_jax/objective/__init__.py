@@ -1,0 +1,1 @@
+"""What is optimised: pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""What is compiled: one file per step."""
