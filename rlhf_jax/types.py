@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Params = Any  # A nested dict of arrays.
@@ -39,9 +40,15 @@ class Sequences:
   A response's length counts its stop token, if it has one.
   """
 
-  tokens: Int[Array, "B T"]
+  prompt_tokens: Int[Array, "B P"]
   prompt_lengths: Int[Array, "B"]
+  response_tokens: Int[Array, "B R"]
   response_lengths: Int[Array, "B"]
+
+  @property
+  def tokens(self) -> Int[Array, "B T"]:
+    """Prompt and response side by side."""
+    return jnp.concatenate([self.prompt_tokens, self.response_tokens], axis=1)
 
 
 @jax.tree_util.register_dataclass

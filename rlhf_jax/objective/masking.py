@@ -1,0 +1,102 @@
+"""Who owns the masks, the shift by one and the last token: this file.
+
+Masks come from lengths, never from token ids: a pad may be a word and a stop
+id may be the pad. A masked value is replaced with `where`, never multiplied
+away: 0 · NaN is NaN.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import types
+
+
+def prompt_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B P"]:
+  """True on the real tokens of left-padded prompts."""
+  return jnp.arange(size) >= size - lengths[:, None]
+
+
+def response_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B R"]:
+  """True up to and including the stop token of right-padded responses."""
+  return jnp.arange(size) < lengths[:, None]
+
+
+def sequence_mask(sequences: types.Sequences) -> Bool[Array, "B T"]:
+  """True on the real tokens of prompt and response."""
+  prompt = prompt_mask(
+    sequences.prompt_lengths, sequences.prompt_tokens.shape[1]
+  )
+  response = response_mask(
+    sequences.response_lengths, sequences.response_tokens.shape[1]
+  )
+  return jnp.concatenate([prompt, response], axis=1)
+
+
+def positions(prompt_lengths: Int[Array, "B"], prompt_size: int, size: int):
+  """Position `[B, size]` of each column; a prompt's first real token is 0."""
+  columns = jnp.arange(size) - (prompt_size - prompt_lengths[:, None])
+  return jnp.maximum(columns, 0)
+
+
+def attention_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+  """Causal attention within a segment; segment 0 is padding."""
+  size = segments.shape[1]
+  same = segments[:, :, None] == segments[:, None, :]
+  causal = jnp.tril(jnp.ones((size, size), bool))
+  return same & causal & (segments[:, None, :] > 0)
+
+
+def response_states(
+  hidden: Float[Array, "B T D"], response_size: int
+) -> Float[Array, "B R D"]:
+  """The states that predict the response: state t predicts token t + 1."""
+  return hidden[:, -response_size - 1 : -1]
+
+
+def last_token(x: Array, lengths: Int[Array, "B"]) -> Array:
+  """`x[b, lengths[b] − 1]`: what stands on the last real token.
+
+  A row of length 0 has none and reads its first column.
+  """
+  index = jnp.maximum(lengths - 1, 0)
+  index = index.reshape((-1,) + (1,) * (x.ndim - 1))
+  return jnp.take_along_axis(x, index, axis=1)[:, 0]
+
+
+def place_on_last(
+  score: Float[Array, "B"], lengths: Int[Array, "B"], size: int
+) -> Float[Array, "B R"]:
+  """`score[b]` on the last real token, 0 elsewhere; an empty row has none."""
+  is_last = jnp.arange(size) == lengths[:, None] - 1
+  return jnp.where(is_last, score[:, None], 0.0)
+
+
+def masked_sum(x: Float[Array, "*N"], mask: Bool[Array, "*N"]):
+  """Σ of `x` where `mask`; what is masked may be NaN."""
+  return jnp.where(mask, x, 0.0).sum()
+
+
+def masked_mean(x: Float[Array, "*N"], mask: Bool[Array, "*N"]):
+  """Mean of `x` where `mask`; 0 where the mask is empty."""
+  return masked_sum(x, mask) / jnp.maximum(mask.sum(), 1)
+
+
+def masked_whiten(
+  x: Float[Array, "*N"], mask: Bool[Array, "*N"]
+) -> Float[Array, "*N"]:
+  """Shifts and scales to mean 0 and variance 1 over the mask; 0 elsewhere.
+
+  The moments are those of the whole batch, wherever its rows live.
+  """
+  centred = jnp.where(mask, x - masked_mean(x, mask), 0.0)
+  variance = masked_mean(jnp.square(centred), mask)
+  return centred / jnp.sqrt(variance + 1e-8)
+
+
+def mean_and_error(
+  x: Float[Array, "B"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Mean over responses and its standard error, sd / √B."""
+  count = x.shape[0]
+  variance = jnp.square(x - x.mean()).sum() / max(count - 1, 1)
+  return x.mean(), jnp.sqrt(variance / count)

@@ -1,0 +1,101 @@
+"""What scores a response: three kinds behind one signature.
+
+    score(reward_model, sequences, step) → Float[Array, "B"]
+
+A reward model is a pytree argument of the step (frozen, never closed over).
+A function of arrays is traced into the step. A function of text is called
+from inside the compiled step through a host callback.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from rlhf_jax import types
+from rlhf_jax.models import transformer
+from rlhf_jax.objective import masking
+from rlhf_jax.steps import rollout
+
+Score = Callable[
+  [types.Params, types.Sequences, Int[Array, ""]], Float[Array, "B"]
+]
+
+
+def raw_scores(
+  reward_model: types.Params,
+  sequences: types.Sequences,
+  *,
+  model: transformer.TransformerConfig,
+) -> Float[Array, "B"]:
+  """The score head on the last real token, before normalisation."""
+  hidden = rollout.teacher_forced(
+    reward_model["transformer"], sequences, model=model
+  )
+  # An empty response leaves the last token of the prompt, one column before.
+  columns = sequences.prompt_tokens.shape[1] + sequences.response_lengths
+  last = masking.last_token(hidden, columns)
+  return transformer.apply_scalar_head(reward_model["score_head"], last)
+
+
+def from_model(model: transformer.TransformerConfig) -> Score:
+  """Scores of a reward model, normalised by its own stored moments.
+
+  (raw − mean) / std, where mean and std were measured on held-out responses
+  of the reference: β then has the same meaning for every reward model.
+  """
+
+  def score(reward_model, sequences, step):
+    del step
+    moments = reward_model["normalisation"]
+    raw = raw_scores(reward_model, sequences, model=model)
+    return (raw - moments["mean"]) / moments["std"]
+
+  return score
+
+
+def from_function(
+  function: Callable[
+    [Int[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B"]
+  ],
+) -> Score:
+  """Scores of a JAX function of all tokens and the mask of the response's."""
+
+  def score(reward_model, sequences, step):
+    del reward_model, step
+    prompt = jnp.zeros(sequences.prompt_tokens.shape, bool)
+    response = masking.response_mask(
+      sequences.response_lengths, sequences.response_tokens.shape[1]
+    )
+    mask = jnp.concatenate([prompt, response], axis=1)
+    return jnp.asarray(function(sequences.tokens, mask), jnp.float32)
+
+  return score
+
+
+def from_host(
+  function: Callable[[types.Sequences, int], np.ndarray],
+) -> Score:
+  """Scores of a host function, called while the compiled step waits.
+
+  The function gets numpy arrays and the step's number and must return float32
+  `[B]`. It must not raise: an exception in a callback ends the whole program
+  with the runtime's message and not with its own.
+  """
+
+  def score(reward_model, sequences, step):
+    del reward_model
+    shape = sequences.response_lengths.shape
+    return jax.pure_callback(
+      lambda sequences, step: function(
+        jax.tree.map(np.asarray, sequences), int(step)
+      ),
+      jax.ShapeDtypeStruct(shape, jnp.float32),
+      sequences,
+      step,
+      vmap_method="sequential",
+    )
+
+  return score

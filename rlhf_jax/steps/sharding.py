@@ -1,0 +1,112 @@
+"""The mesh, and where each parameter lives on it.
+
+Axes: `data` copies the parameters, `fsdp` divides them by rows, `tensor`
+divides heads, mlp and vocabulary; data and fsdp together divide the batch.
+A parameter finds its PartitionSpec by a regular expression on its path, and
+must match exactly one. Moments of the optimiser carry their parameter's path
+at their end and so fall under the same rule.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax import errors, types
+
+AXES = (*types.BATCH_AXES, types.MODEL_AXIS)
+
+# Axes of each parameter: see the docstring of models/transformer.py.
+RULES = (
+  (r"(^|/)embedding/tokens$", P("tensor", "fsdp")),
+  (r"(^|/)embedding/positions$", P(None, "fsdp")),
+  (r"(^|/)layers/(attention|mlp)_norm/(scale|bias)$", P()),
+  (r"(^|/)attention/qkv/kernel$", P(None, "fsdp", "tensor")),
+  (r"(^|/)attention/qkv/bias$", P(None, "tensor")),
+  (r"(^|/)attention/out/kernel$", P(None, "tensor", None, None, "fsdp")),
+  (r"(^|/)attention/out/bias$", P()),
+  (r"(^|/)mlp/in/kernel$", P(None, "fsdp", None, "tensor")),
+  (r"(^|/)mlp/in/bias$", P(None, None, "tensor")),
+  (r"(^|/)mlp/out/kernel$", P(None, "tensor", "fsdp")),
+  (r"(^|/)mlp/out/bias$", P()),
+  (r"(^|/)final_norm/(scale|bias)$", P()),
+  (r"(^|/)lm_head/kernel$", P("tensor", "fsdp")),
+  (r"(^|/)(value|score)_head/(kernel|bias)$", P()),
+  (r"(^|/)normalisation/(mean|std)$", P()),
+)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+  """A mesh `data × fsdp × tensor` over the first devices that it needs."""
+  shape = (data, fsdp, tensor)
+  # Auto: make_mesh defaults to Explicit axes, under which a sharding
+  # constraint inside a step is an error.
+  auto = (AxisType.Auto,) * len(AXES)
+  devices = jax.devices()[: math.prod(shape)]
+  return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A pytree path as `a/b/c`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(name: str) -> P:
+  """The PartitionSpec of the parameter at this path.
+
+  Raises:
+    ValueError: No rule matches, or several do; the path is named.
+  """
+  matches = [spec for rule, spec in RULES if re.search(rule, name)]
+  if len(matches) != 1:
+    raise ValueError(
+      f"parameter {name} matches {len(matches)} sharding rules; exactly one "
+      "of steps.sharding.RULES must match it"
+    )
+  return matches[0]
+
+
+def shardings(tree: Any, mesh: Mesh, *, leading: int = 0) -> Any:
+  """A NamedSharding for each leaf of parameters or of a whole train state.
+
+  Scalars (counters, β) are on every device.
+
+  Args:
+    tree: Arrays or their shapes.
+    mesh: From `make_mesh`.
+    leading: Axes before the parameter's own, such as a sweep's members;
+      they are not divided.
+
+  Raises:
+    UserError: A dimension is not a multiple of the axes that divide it.
+  """
+
+  def sharding(path, leaf):
+    name = path_name(path)
+    if leaf.ndim == leading:
+      return NamedSharding(mesh, P())
+    spec = spec_of(name)
+    for size, axes in zip(leaf.shape[leading:], spec):
+      axes = (axes,) if isinstance(axes, str) else axes or ()
+      parts = math.prod(mesh.shape[axis] for axis in axes)
+      if size % parts:
+        raise errors.UserError(
+          f"config.mesh: {' × '.join(axes)} = {parts} does not divide "
+          f"{size}, an axis of {name} {leaf.shape}; choose a divisor"
+        )
+    return NamedSharding(mesh, P(*[None] * leading, *spec))
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over data and fsdp."""
+  return NamedSharding(mesh, P(types.BATCH_AXES))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+  """Puts a host batch on the mesh, its rows divided."""
+  return jax.device_put(batch, batch_sharding(mesh))
