@@ -3,7 +3,17 @@
 The other configs start here and change what they must, so each is complete:
 `--config.anything` either names a field below or is refused. No field means
 different things in different stages.
+
+Values are written as in Python, bare strings without quotes, alike in a
+config's argument and on the command line:
+
+    --config=configs/ppo.py:toy,kl.beta=0.1 --config.sweep.betas=0,0.02,0.1
 """
+
+import ast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import difflib
+import re
 
 from ml_collections import ConfigDict
 
@@ -110,4 +120,120 @@ def get_config() -> ConfigDict:
   config.pipeline = ConfigDict()
   config.sweep = ConfigDict()
   config.sweep.betas = ()
+
+  config.lock()  # A config file that misspells a field is refused, too.
+  config.pipeline.unlock()
   return config
+
+
+def parse(
+  argument: str, presets: Mapping[str, Callable[[], ConfigDict]]
+) -> ConfigDict:
+  """A preset with its overrides, as a config file's argument names them.
+
+  Args:
+    argument: `preset`, `preset,key=value,…` or `key=value,…`, which starts
+      from the first preset, as the empty string does.
+    presets: The file's presets by name.
+
+  Raises:
+    ValueError: There is no such preset or field, or a value does not fit.
+  """
+  name, *items = re.split(r",(?=[\w.]+=)", argument)
+  if "=" in name:
+    name, items = "", [name, *items]
+  name = name or next(iter(presets))
+  if name not in presets:
+    raise ValueError(
+      f"no preset {name!r}; the presets are {', '.join(presets)}"
+    )
+  config = presets[name]()
+  apply_overrides(config, items)
+  return config
+
+
+def apply_overrides(config: ConfigDict, items: Iterable[str]) -> None:
+  """Sets fields from `key=value` texts, each read as its field's type.
+
+  Raises:
+    ValueError: No field has the key, or the value is not of its type.
+  """
+  names = set(_field_names(config))
+  for item in items:
+    name, _, text = item.partition("=")
+    if name not in names:
+      raise ValueError(
+        f"config.{name}: no such field{_did_you_mean(name, names)}"
+      )
+    kind = type(config[name])
+    try:
+      value = _READERS[kind](text)
+    except (ValueError, KeyError, SyntaxError):
+      raise ValueError(
+        f"config.{name}: {text!r} is not of its type; wanted {kind.__name__},"
+        f" such as {config[name]!r}"
+      ) from None
+    config.update_from_flattened_dict({name: value})
+
+
+def check_complete(config: ConfigDict, name: str = "config") -> None:
+  """Checks that the fields of `config` are those of this file, and their types.
+
+  A config file that does not start from this one may lack a field or have one
+  that nothing reads.
+
+  Raises:
+    ValueError: A field is missing, unknown or of another type.
+  """
+  wanted = get_config()
+  wanted_names = set(_field_names(wanted))
+  names = {n for n in _field_names(config) if not n.startswith("pipeline.")}
+  for field in sorted(names - wanted_names):
+    hint = _did_you_mean(field, wanted_names)
+    raise ValueError(f"{name}.{field}: no such field{hint}")
+  for field in sorted(wanted_names - names | {"pipeline"} - set(config)):
+    raise ValueError(
+      f"{name}.{field}: missing; start from configs.defaults.get_config()"
+    )
+  for field in sorted(names):
+    if type(config[field]) is not type(wanted[field]):
+      raise ValueError(
+        f"{name}.{field}: {config[field]!r}; wanted"
+        f" {type(wanted[field]).__name__}, such as {wanted[field]!r}"
+      )
+  for stage, stage_config in config.pipeline.items():
+    check_complete(stage_config, f"{name}.pipeline.{stage}")
+
+
+def _read_bool(text: str) -> bool:
+  return {"true": True, "false": False}[text.lower()]
+
+
+def _read_tuple(text: str) -> tuple:
+  value = ast.literal_eval(text)
+  return value if isinstance(value, tuple) else (value,)
+
+
+_READERS = {
+  bool: _read_bool,
+  int: int,
+  float: float,
+  str: str,
+  tuple: _read_tuple,
+}
+
+
+def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+  """Dotted names of all fields that hold a value."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _field_names(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+  matches = difflib.get_close_matches(name, sorted(names), n=1)
+  if matches:
+    return f". Did you mean {matches[0]!r}?"
+  return "; configs/defaults.py lists the fields"

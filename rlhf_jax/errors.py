@@ -15,3 +15,15 @@ class NoUsableCheckpoint(UserError):
   """A run asked to resume has checkpoints, and none of them can be trusted."""
 
   exit_code = 45
+
+
+class Preempted(UserError):
+  """The run was asked to stop, and has saved; `--resume` continues it."""
+
+  exit_code = 42
+
+
+class NonFinite(UserError):
+  """A figure of the run is NaN or infinite; going on would train on it."""
+
+  exit_code = 44

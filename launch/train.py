@@ -1,0 +1,28 @@
+r"""Runs the stage that a config names, in a workdir.
+
+    python -m launch.train --config=configs/quickstart.py --workdir=runs/q
+
+Fields are set by `--config.kl.beta=0.1`; `--resume` continues the run in the
+workdir, or begins it where there is none.
+"""
+
+from absl import flags
+
+from launch import app
+from rlhf_jax.host import validate
+
+
+def main(values: flags.FlagValues) -> None:
+  """Checks the config, first without JAX, then with its devices; runs it."""
+  validate.validate_fields(values.config)
+
+  import jax
+
+  from rlhf_jax.host import stages
+
+  validate.validate_mesh(values.config, device_count=jax.device_count())
+  stages.run(values.config, values.workdir, resume=values.resume)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,356 @@
+"""Token ids to the padded, packed and batched arrays that the steps take.
+
+A batch is a pure function of (seed, step), so the place in the data is no
+state, and a run that resumes sees the rows that it would have seen.
+
+Lengths are those of the ids, never read off a pad id. All ids are checked
+here: JAX would clamp one that is out of range to the last embedding row, in
+silence. Left out: files (`host.readers`), tokenizers (the caller's) and
+streaming: data for fine-tuning fits in memory.
+"""
+
+import bisect
+from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any, TypeVar
+
+import jax
+from jaxtyping import Int
+import numpy as np
+
+from rlhf_jax import types
+from rlhf_jax.errors import UserError
+
+Ids = Sequence[int]
+Rows = TypeVar("Rows")
+
+# Streams of `_permutation`: one splits the rows, the others order the epochs.
+_SPLIT, _FIRST_EPOCH = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """What did not fit: how many rows were shortened, by how many tokens."""
+
+  rows: int
+  tokens: int
+
+
+def prompts_array(
+  token_ids: Sequence[Ids],
+  *,
+  prompt_length: int,
+  pad_id: int,
+  vocab_size: int,
+  where: str,
+) -> tuple[types.Prompts, Cut]:
+  """Left-pads prompts to P = `prompt_length` tokens.
+
+  A longer prompt keeps its last P tokens: a response follows a prompt's end.
+
+  Args:
+    token_ids: The ids of each prompt.
+    prompt_length: Tokens.
+    pad_id: Any id of the vocabulary; the lengths say what is padding.
+    vocab_size: All ids are below it.
+    where: Where the rows came from: errors begin with it.
+
+  Raises:
+    UserError: A prompt is empty, or an id is outside the vocabulary.
+  """
+  _check(token_ids, pad_id=pad_id, vocab_size=vocab_size, where=where)
+  _refuse_empty(token_ids, where=f"{where}: prompt")
+  kept = [ids[-prompt_length:] for ids in token_ids]
+  tokens, lengths = _padded(kept, prompt_length, pad_id=pad_id, left=True)
+  return types.Prompts(tokens, lengths), _cut(token_ids, kept)
+
+
+def sequences_array(
+  pairs: Sequence[tuple[Ids, Ids]],
+  *,
+  prompt_length: int,
+  response_length: int,
+  pad_id: int,
+  vocab_size: int,
+  where: str,
+) -> tuple[types.Sequences, Cut]:
+  """Lays out (prompt, response) ids, padded left to P and right to R tokens.
+
+  A longer prompt keeps its last P tokens, a longer response its first R. An
+  empty response is one of length 0. `Cut` counts prompts and responses.
+
+  Raises:
+    UserError: A prompt is empty, or an id is outside the vocabulary.
+  """
+  prompts, prompt_cut = prompts_array(
+    [prompt for prompt, _ in pairs],
+    prompt_length=prompt_length,
+    pad_id=pad_id,
+    vocab_size=vocab_size,
+    where=where,
+  )
+  responses = [response for _, response in pairs]
+  _check(responses, pad_id=pad_id, vocab_size=vocab_size, where=where)
+  kept = [ids[:response_length] for ids in responses]
+  tokens, lengths = _padded(kept, response_length, pad_id=pad_id, left=False)
+  sequences = types.Sequences(prompts.tokens, prompts.lengths, tokens, lengths)
+  return sequences, _sum(prompt_cut, _cut(responses, kept))
+
+
+def preference_pairs_array(
+  pairs: Sequence[tuple[Ids, Ids, Ids]],
+  *,
+  prompt_length: int,
+  response_length: int,
+  pad_id: int,
+  vocab_size: int,
+  where: str,
+) -> tuple[types.PreferencePairs, Cut]:
+  """Lays out (prompt, chosen, rejected) ids as `sequences_array` does, twice.
+
+  Raises:
+    UserError: A prompt is empty, or an id is outside the vocabulary.
+  """
+  lay_out = functools.partial(
+    sequences_array,
+    prompt_length=prompt_length,
+    response_length=response_length,
+    pad_id=pad_id,
+    vocab_size=vocab_size,
+  )
+  chosen, chosen_cut = lay_out(
+    [(prompt, chosen) for prompt, chosen, _ in pairs], where=f"{where}: chosen"
+  )
+  rejected, rejected_cut = lay_out(
+    [(prompt, rejected) for prompt, _, rejected in pairs],
+    where=f"{where}: rejected",
+  )
+  return types.PreferencePairs(chosen, rejected), _sum(chosen_cut, rejected_cut)
+
+
+def pack(
+  texts: Sequence[tuple[Ids, Ids]],
+  *,
+  sequence_length: int,
+  pad_id: int,
+  vocab_size: int,
+  where: str,
+) -> tuple[types.PackedTexts, Cut]:
+  """Packs (prompt, response) ids into rows of T = `sequence_length` tokens.
+
+  Segments count from 1 in each row, 0 is padding, and positions restart with
+  each text. `loss_mask` is True on response tokens; the first token of a text
+  without a prompt has nothing before it and is not predicted. A longer text
+  keeps its first T tokens.
+
+  Raises:
+    UserError: A text is empty, an id is outside the vocabulary, or no response
+      token is left to predict.
+  """
+  ids = [[*prompt, *response] for prompt, response in texts]
+  _check(ids, pad_id=pad_id, vocab_size=vocab_size, where=where)
+  _refuse_empty(ids, where=f"{where}: text")
+  kept = [text[:sequence_length] for text in ids]
+  rows = _best_fit_decreasing(_lengths(kept), sequence_length)
+
+  tokens = _full(len(rows), sequence_length, pad_id)
+  segments = _full(len(rows), sequence_length, 0)
+  positions = _full(len(rows), sequence_length, 0)
+  loss_mask = _full(len(rows), sequence_length, False, np.bool_)
+  for row, members in enumerate(rows):
+    start = 0
+    for segment, text in enumerate(members, start=1):
+      stop = start + len(kept[text])
+      tokens[row, start:stop] = kept[text]
+      segments[row, start:stop] = segment
+      positions[row, start:stop] = np.arange(stop - start)
+      loss_mask[row, start + max(len(texts[text][0]), 1) : stop] = True
+      start = stop
+  if not loss_mask.any():
+    raise UserError(
+      f"{where}: no response token is left to predict; wanted longer responses,"
+      f" or prompts shorter than the {sequence_length} tokens of a row"
+    )
+  packed = types.PackedTexts(tokens, segments, positions, loss_mask)
+  return packed, _cut(ids, kept)
+
+
+def _best_fit_decreasing(
+  lengths: Int[np.ndarray, "N"], size: int
+) -> list[list[int]]:
+  """Indices of texts, by row: each goes, longest first, where least is left."""
+  rows: list[list[int]] = []
+  room: list[tuple[int, int]] = []  # (tokens free, row), sorted
+  for text in np.argsort(-lengths, kind="stable").tolist():
+    length = int(lengths[text])
+    place = bisect.bisect_left(room, (length, 0))
+    if place == len(room):
+      rows.append([])
+      free, row = size, len(rows) - 1
+    else:
+      free, row = room.pop(place)
+    rows[row].append(text)
+    bisect.insort(room, (free - length, row))
+  return rows
+
+
+def batch_at(rows: Rows, *, seed: int, step: int, batch_size: int) -> Rows:
+  """The rows of one step: a function of (seed, step) and of nothing else.
+
+  The stream is epoch after epoch, each in an order of its own; a batch may
+  straddle two. Prompts may be fewer than a batch and then repeat within it,
+  for each gets another response; of other rows a batch needs enough.
+
+  Args:
+    rows: A pytree of arrays with equal leading axes.
+    seed: At least 0.
+    step: Counts from 0.
+    batch_size: Rows.
+
+  Raises:
+    UserError: There are fewer rows than a batch, or no prompts.
+  """
+  count = _count(rows)
+  if count < (1 if isinstance(rows, types.Prompts) else batch_size):
+    raise UserError(
+      f"train.batch_size: {batch_size}, and the data has {count:,} rows; wanted"
+      " at least a batch; lower it or bring more rows"
+    )
+  places = np.arange(step * batch_size, (step + 1) * batch_size)
+  epochs = places // count
+  indices = np.empty_like(places)
+  for epoch in range(epochs[0], epochs[-1] + 1):
+    order = _permutation(count, seed, _FIRST_EPOCH + epoch)
+    indices[epochs == epoch] = order[places[epochs == epoch] % count]
+  return _take(rows, indices)
+
+
+def split_heldout(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+  """Splits rows in two, (train, held out), each in its old order.
+
+  Rows that are equal stay on one side, so that no held-out row was trained on:
+  the fraction is one of the distinct rows. At least one is held out, unless
+  the fraction is 0.
+
+  Args:
+    rows: A list of texts or ids, or a pytree of arrays with equal leading axes.
+    fraction: In [0, 1).
+    seed: At least 0.
+
+  Raises:
+    UserError: No row would be left to train on.
+  """
+  groups: dict[Any, list[int]] = {}
+  for index, key in enumerate(_keys(rows)):
+    groups.setdefault(key, []).append(index)
+  heldout = max(round(fraction * len(groups)), int(fraction > 0))
+  if heldout >= len(groups):
+    raise UserError(
+      f"data.heldout_fraction: {fraction} of {len(groups)} distinct rows leaves"
+      " none to train on; lower it or bring more rows"
+    )
+  members = list(groups.values())
+  held = np.zeros(_count(rows), np.bool_)
+  for group in _permutation(len(groups), seed, _SPLIT)[:heldout]:
+    held[members[group]] = True
+  return _take(rows, np.flatnonzero(~held)), _take(rows, np.flatnonzero(held))
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(count: int, seed: int, stream: int) -> Int[np.ndarray, "N"]:
+  """An order of `count` rows.
+
+  Sorted from raw bits, which numpy promises never to change: a run can be
+  resumed under another numpy. `Generator.permutation` carries no such promise.
+  """
+  bits = np.random.PCG64(np.random.SeedSequence([seed, stream]))
+  order = np.argsort(bits.random_raw(count), kind="stable")
+  order.flags.writeable = False  # The cache hands it to every caller.
+  return order
+
+
+def _count(rows: Any) -> int:
+  if isinstance(rows, list):
+    return len(rows)
+  (count,) = {len(leaf) for leaf in jax.tree.leaves(rows)}
+  return count
+
+
+def _take(rows: Any, indices: Int[np.ndarray, "N"]) -> Any:
+  if isinstance(rows, list):
+    return [rows[index] for index in indices]
+  return jax.tree.map(lambda leaf: leaf[indices], rows)
+
+
+def _keys(rows: Any) -> list[Any]:
+  """What is equal where rows are: their spelling, or their bytes."""
+  if isinstance(rows, list):
+    return [repr(row) for row in rows]
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(rows)]
+  return [
+    tuple(leaf[index].tobytes() for leaf in leaves)
+    for index in range(_count(rows))
+  ]
+
+
+def _check(
+  rows: Sequence[Ids], *, pad_id: int, vocab_size: int, where: str
+) -> None:
+  """Refuses ids outside the vocabulary."""
+  mend = "bring the tokenizer and the model that belong together"
+  if not 0 <= pad_id < vocab_size:
+    raise UserError(
+      f"{where}: the pad id is {pad_id}; wanted 0 to {vocab_size - 1}; {mend}"
+    )
+  flat = _flat(rows)
+  bad = np.flatnonzero((flat < 0) | (flat >= vocab_size))
+  if bad.size:
+    row = np.searchsorted(np.cumsum(_lengths(rows)), bad[0], side="right")
+    raise UserError(
+      f"{where}: row {row + 1}: token id {flat[bad[0]]}; wanted 0 to"
+      f" {vocab_size - 1}; {mend}"
+    )
+
+
+def _refuse_empty(rows: Sequence[Ids], where: str) -> None:
+  for number, ids in enumerate(rows, start=1):
+    if not len(ids):
+      raise UserError(
+        f"{where}: row {number} has no tokens; wanted at least one; mend or"
+        " remove the row"
+      )
+
+
+def _flat(rows: Sequence[Ids]) -> Int[np.ndarray, "N"]:
+  return np.fromiter(itertools.chain.from_iterable(rows), np.int64)
+
+
+def _lengths(rows: Sequence[Ids]) -> Int[np.ndarray, "N"]:
+  return np.array([len(ids) for ids in rows], np.int32)
+
+
+def _cut(rows: Sequence[Ids], kept: Sequence[Ids]) -> Cut:
+  lost = _lengths(rows) - _lengths(kept)
+  return Cut(rows=int((lost > 0).sum()), tokens=int(lost.sum()))
+
+
+def _sum(first: Cut, second: Cut) -> Cut:
+  return Cut(first.rows + second.rows, first.tokens + second.tokens)
+
+
+# These two return Any: the pytrees' fields are annotated as jax arrays, and
+# numpy ones stand in for them on the host.
+def _padded(
+  rows: Sequence[Ids], size: int, *, pad_id: int, left: bool
+) -> tuple[Any, Any]:
+  """Tokens [N, size] and lengths [N] of rows that are no longer than size."""
+  tokens, lengths = _full(len(rows), size, pad_id), _lengths(rows)
+  real = np.arange(size) < lengths[:, None]
+  tokens[real[:, ::-1] if left else real] = _flat(rows)
+  return tokens, lengths
+
+
+def _full(rows: int, size: int, value: int, dtype: Any = np.int32) -> Any:
+  return np.full((rows, size), value, dtype)

@@ -1,0 +1,296 @@
+"""Stage `ppo`: one policy, or one for each β of `config.sweep.betas`.
+
+The members of a sweep run in one compiled program: the step is `vmap`ped over
+their states, the reference, the reward model, the prompts and the random
+numbers are shared. Each member has a sub-workdir of the same form as a single
+run's.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+from rich import console as rich_console
+
+from rlhf_jax import errors, types
+from rlhf_jax.host import (
+  checkpoint,
+  data,
+  loop,
+  readers,
+  sampling,
+  settings,
+  text_rewards,
+  toy_language,
+  validate,
+)
+from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.models import transformer
+from rlhf_jax.objective import beta as beta_lib
+from rlhf_jax.steps import optimizer as optimizer_lib
+from rlhf_jax.steps import ppo, rewards, sharding
+from rlhf_jax.steps import reference as reference_lib
+
+SAMPLES = 4  # responses of a step that are recorded
+_MEMBER_AXIS = "member"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reward:
+  """The reward of a run: its parameters, its function, and who it is."""
+
+  params: types.Params
+  score: rewards.Score
+  identity: str
+  host: text_rewards.TextReward | None = None
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  *,
+  resume: bool,
+  console: rich_console.Console,
+) -> dict[str, Any]:
+  """Trains, leaves policies in the workdirs and returns the summary."""
+  began = time.monotonic()
+  policy = pretrained_lib.load_policy(config)
+  validate.validate_model(config, policy.model)
+  reward = _reward(config, policy)
+  prompts = _prompts(config, policy, console)
+  betas = tuple(config.sweep.betas) or (config.kl.beta,)
+  members = (
+    [_member(config, workdir, beta, resume) for beta in betas]
+    if config.sweep.betas
+    else [workdir]
+  )
+  mesh = settings.mesh(config)
+  key = jax.random.key(config.seed)
+
+  # The reference and the reward model are placed as the policy is.
+  frozen = reference_lib.freeze(policy.params), reward.params
+  reference, reward_params = jax.device_put(
+    frozen, sharding.shardings(frozen, mesh)
+  )
+  step_config = settings.ppo_config(config, policy)
+  updates = config.ppo.epochs * config.ppo.minibatches
+  optimizer = optimizer_lib.make(
+    settings.optimizer_config(config, updates_per_step=updates)
+  )
+  controller = beta_lib.fixed()
+  head = transformer.init_scalar_head(policy.model.width, use_bias=True)
+  params = {"transformer": policy.params["transformer"], "value_head": head}
+  step = ppo.make_step(
+    step_config,
+    score=reward.score,
+    optimizer=optimizer,
+    controller=controller,
+    gold=None if config.data.path else toy_language.gold_reward,
+    member_axis=_MEMBER_AXIS if config.sweep.betas else None,
+  )
+
+  def start(beta):
+    return ppo.init_state(
+      params, beta=beta, optimizer=optimizer, controller=controller
+    )
+
+  if config.sweep.betas:
+    step = jax.vmap(
+      step, in_axes=(0, None, None, None, None), axis_name=_MEMBER_AXIS
+    )
+    state = jax.vmap(start)(jnp.array(betas))
+  else:
+    state = start(betas[0])
+
+  def arguments(index):
+    batch = data.batch_at(
+      prompts,
+      seed=config.seed,
+      step=index,
+      batch_size=config.train.batch_size,
+    )
+    batch = sharding.place_batch(batch, mesh)
+    return reference, reward_params, batch, key
+
+  def record(index, metrics, seconds):
+    if reward.host is not None:
+      reward.host.raise_if_failed()
+    if not config.sweep.betas:
+      metrics = jax.tree.map(lambda x: x[None], metrics)
+    figures = {}
+    for i, (beta, member) in enumerate(zip(betas, members)):
+      mine = jax.tree.map(lambda x, i=i: x[i], metrics)
+      label = f"β={beta:g}" if config.sweep.betas else ""
+      figures[label] = _record(
+        config, member, policy, index, mine, seconds / len(betas)
+      )
+    return figures
+
+  def rewind(index):
+    for member in members:
+      member.rewind(index)
+
+  state = loop.drive(
+    loop.Run(
+      name="ppo",
+      steps=config.train.steps,
+      mesh=mesh,
+      checkpoints=checkpoint.Checkpoints(
+        workdir.path / "checkpoints", **config.checkpoint
+      ),
+      metadata={
+        "reference": checkpoint.tree_hash(reference),
+        "reward": reward.identity,
+      },
+      leading=1 if config.sweep.betas else 0,
+    ),
+    state,
+    step,
+    arguments=arguments,
+    rewind=rewind,
+    record=record,
+    console=console,
+  )
+  wall_s = time.monotonic() - began
+  summaries = []
+  for i, (beta, member) in enumerate(zip(betas, members)):
+    trained = state.params["transformer"]
+    if config.sweep.betas:
+      trained = jax.tree.map(lambda x, i=i: x[i], trained)
+    final = dataclasses.replace(policy, params={"transformer": trained})
+    pretrained_lib.save(member, final)
+    summary = {
+      "stage": "ppo",
+      "seed": config.seed,
+      "steps": config.train.steps,
+      "wall_s": wall_s,
+      "metrics": member.mean_of_last(),
+    }
+    member.write_summary(summary)
+    summaries.append(_member_summary(beta, member, workdir.path, summary))
+  if not config.sweep.betas:
+    return summary
+  summary = {"stage": "sweep", "wall_s": wall_s, "members": summaries}
+  workdir.write_summary(summary)
+  for member in members:
+    member.close()
+  return summary
+
+
+def _member(config, workdir, beta, resume):
+  member = config.copy_and_resolve_references()
+  with member.unlocked():
+    member.kl.beta = beta
+    member.sweep.betas = ()
+  name = f"beta={beta:g}"
+  return workdir.sub(name, member.to_dict(), resume=resume)
+
+
+def _member_summary(beta, member, root, summary):
+  samples = (member.path / "samples.jsonl").read_text().splitlines()
+  last = json.loads(samples[-1])
+  return {
+    "beta": beta,
+    "seed": summary["seed"],
+    "workdir": str(member.path.relative_to(root)),
+    "metrics": summary["metrics"],
+    "sample": {name: last[name] for name in ("prompt", "response")},
+  }
+
+
+def _reward(config: ConfigDict, policy: pretrained_lib.Pretrained) -> _Reward:
+  if config.reward.kind == "model":
+    model = pretrained_lib.load(config.reward.path, config)
+    if "score_head" not in model.params:
+      raise errors.UserError(
+        f"config.reward.path: {model.where} is no reward model: it has no "
+        "score head; make one with configs/reward_model.py"
+      )
+    pretrained_lib.check_same_tokenizer(policy, model)
+    identity = checkpoint.tree_hash(model.params)
+    return _Reward(model.params, rewards.from_model(model.model), identity)
+  name = config.reward.function
+  function = text_rewards.load_function(name)
+  if config.reward.kind == "function":
+    return _Reward({}, rewards.from_function(function), name)
+  host = text_rewards.TextReward(name, function, policy.tokenizer)
+  return _Reward({}, rewards.from_host(host), name, host)
+
+
+def _prompts(config, policy, console) -> types.Prompts:
+  if path := config.data.path:
+    texts, counts = readers.read_prompts(pathlib.Path(path))
+    console.print(f"ppo: {path}: {counts}", markup=False, highlight=False)
+  else:
+    if (
+      tuple(
+        policy.tokenizer.convert_ids_to_tokens(range(len(policy.tokenizer)))
+      )
+      != toy_language.VOCABULARY
+    ):
+      raise errors.UserError(
+        "config.data.path: '' is the built-in language, which is not that of "
+        f"{policy.where}; give prompts, a .jsonl with a field 'prompt' or a "
+        ".txt with one a line"
+      )
+    texts = toy_language.sample_prompts(config.seed + 4, config.data.size)
+  prompts, cut = sampling.prompts_array(texts, config, policy, path or "toy")
+  if cut.rows:
+    console.print(
+      f"ppo: {cut.rows} prompts are longer than rollout.prompt_length="
+      f"{config.rollout.prompt_length} and lost their first tokens",
+      highlight=False,
+    )
+  return prompts
+
+
+def _record(config, member, policy, index, metrics, seconds):
+  """Writes one member's step; returns the figures to show."""
+  scalars = metrics.scalars
+  loop.check_finite(f"ppo in {member.path}", index, scalars)
+  tokens = float(scalars["rollout/response_tokens"]) * config.train.batch_size
+  times = {
+    "time/step_s": seconds,
+    "time/response_tokens_per_s": tokens / seconds,
+  }
+  member.append_metrics(index, scalars | times)
+  last = index + 1 == config.train.steps
+  if last or index % config.train.samples_every == 0:
+    member.append_samples(_sample_records(index, policy, metrics.samples))
+  shown = {
+    "score": "reward/score",
+    "gold": "reward/gold",
+    "KL": "kl/reverse_exact",
+  }
+  figures = {n: scalars[m] for n, m in shown.items() if m in scalars}
+  return figures | {"tokens/s": times["time/response_tokens_per_s"]}
+
+
+def _sample_records(index, policy, samples):
+  records = []
+  sequences = samples.sequences
+  for row in range(min(SAMPLES, len(samples.scores))):
+    prompt = sequences.prompt_tokens[row]
+    prompt = prompt[len(prompt) - sequences.prompt_lengths[row] :]
+    size = sequences.response_lengths[row]
+    decode = lambda ids: tokenizer_lib.decode(policy.tokenizer, ids.tolist())
+    numbers = lambda x, row=row, size=size: np.round(x[row, :size], 5).tolist()
+    records.append(
+      {
+        "step": index,
+        "prompt": decode(prompt),
+        "response": decode(sequences.response_tokens[row, :size]),
+        "score": float(samples.scores[row]),
+        "logprobs": numbers(samples.logprobs),
+        "reference_logprobs": numbers(samples.reference_logprobs),
+      }
+    )
+  return records

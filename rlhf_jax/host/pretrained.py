@@ -1,0 +1,138 @@
+"""Models by path: a Hugging Face directory, or the workdir of a stage.
+
+A finished stage leaves its model in `WORKDIR/model` (our own tree, with
+sums) and its tokenizer in `WORKDIR/tokenizer`.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax import errors, types
+from rlhf_jax.host import checkpoint, toy_language
+from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.models import convert, transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """A network with its tokenizer.
+
+  Attributes:
+    params: `transformer`; a reward model's also `score_head` and
+      `normalisation`.
+    model: The architecture.
+    tokenizer: Of its texts.
+    stop_ids: Ids that end a text, by its own account.
+    where: Its path, for messages.
+  """
+
+  params: types.Params
+  model: transformer.TransformerConfig
+  tokenizer: PreTrainedTokenizerBase
+  stop_ids: tuple[int, ...]
+  where: str
+
+  @property
+  def pad_id(self) -> int:
+    """The tokenizer's pad, or 0: masks come from lengths and not from it."""
+    return self.tokenizer.pad_token_id or 0
+
+
+def load_policy(config: ConfigDict) -> Pretrained:
+  """The model at `config.policy.path`; a random one where that is empty.
+
+  A random model is made for the tokenizer at `config.policy.tokenizer`, or for
+  the built-in language, by `config.seed`.
+  """
+  if path := config.policy.path:
+    return load(path, config)
+  if path := config.policy.tokenizer:
+    tokenizer = tokenizer_lib.load(path)
+    stop_ids = tokenizer_lib.stop_ids(path, tokenizer)
+  else:
+    tokenizer = toy_language.tokenizer()
+    stop_ids = (toy_language.STOP_ID,)
+  model = architecture(config, vocab_size=len(tokenizer))
+  tokenizer_lib.check(tokenizer, model.vocab_size, "config.model.vocab_size")
+  params = transformer.init(jax.random.key(config.seed), model)
+  params = {"transformer": params}
+  return Pretrained(params, model, tokenizer, stop_ids, "a random start")
+
+
+def load(path: str, config: ConfigDict) -> Pretrained:
+  """The model at `path`, run as `config.model` says (dtype, unroll, remat)."""
+  execution = {
+    "compute_dtype": config.model.compute_dtype,
+    "remat": config.model.remat,
+  }
+  directory = pathlib.Path(path)
+  if workdir_lib.is_workdir(directory):
+    if not (directory / "model").is_dir():
+      raise errors.UserError(
+        f"{directory}: this run has not finished: there is no model in it yet;"
+        " continue it with --resume"
+      )
+    params, metadata = checkpoint.load_params(directory / "model")
+    unroll = config.model.unroll or metadata["model"]["layers"]
+    model = _architecture(metadata["model"] | execution | {"unroll": unroll})
+    tokenizer = tokenizer_lib.load(directory / "tokenizer")
+    stop_ids = tuple(metadata["stop_ids"])
+  else:
+    params, model = convert.load(
+      directory, unroll=config.model.unroll, **execution
+    )
+    params = params if "score_head" in params else {"transformer": params}
+    tokenizer = tokenizer_lib.load(directory)
+    stop_ids = tokenizer_lib.stop_ids(directory, tokenizer)
+  tokenizer_lib.check(tokenizer, model.vocab_size, str(directory))
+  return Pretrained(params, model, tokenizer, stop_ids, str(directory))
+
+
+def save(workdir: workdir_lib.Workdir, pretrained: Pretrained) -> None:
+  """Leaves a model in a workdir, for `load`."""
+  metadata: dict[str, Any] = {
+    "model": dataclasses.asdict(pretrained.model),
+    "stop_ids": list(pretrained.stop_ids),
+  }
+  checkpoint.save_params(workdir.path / "model", pretrained.params, metadata)
+  pretrained.tokenizer.save_pretrained(workdir.path / "tokenizer")
+
+
+def check_same_tokenizer(first: Pretrained, second: Pretrained) -> None:
+  """Requires that ids mean the same to both models.
+
+  Raises:
+    UserError: Their vocabularies differ.
+  """
+  fingerprints = map(
+    tokenizer_lib.fingerprint, (first.tokenizer, second.tokenizer)
+  )
+  if len(set(fingerprints)) > 1:
+    raise errors.UserError(
+      f"{first.where} and {second.where} have different tokenizers "
+      f"({len(first.tokenizer)} and {len(second.tokenizer)} tokens); the "
+      "policy, the reference and the reward model must share one"
+    )
+
+
+def architecture(
+  config: ConfigDict, *, vocab_size: int
+) -> transformer.TransformerConfig:
+  """`config.model` as an architecture; `vocab_size` stands in for a 0 there."""
+  fields = config.model.to_dict()
+  fields["vocab_size"] = fields["vocab_size"] or vocab_size
+  fields["unroll"] = fields["unroll"] or fields["layers"]
+  return _architecture(fields)
+
+
+def _architecture(fields: dict[str, Any]) -> transformer.TransformerConfig:
+  scaling = fields.pop("rope_scaling", None)
+  if scaling is not None:
+    scaling = transformer.RopeScaling(**scaling)
+  return transformer.TransformerConfig(**fields, rope_scaling=scaling)

@@ -1,0 +1,186 @@
+"""Stage `reward_model`: Bradley–Terry on preference pairs.
+
+Pairs come from a file; or, for the built-in language, from the SFT policy
+itself, labelled by the gold reward with a judge's noise. At the end the score
+is normalised on held-out responses of the policy that the model stands on,
+which is to be the reference.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+from rich import console as rich_console
+
+from rlhf_jax import types
+from rlhf_jax.host import (
+  checkpoint,
+  data,
+  loop,
+  readers,
+  sampling,
+  settings,
+  toy_language,
+)
+from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.models import transformer
+from rlhf_jax.steps import optimizer as optimizer_lib
+from rlhf_jax.steps import reference as reference_lib
+from rlhf_jax.steps import reward_model, rewards, sharding
+
+MOMENT_PROMPTS = 512  # responses that the score is normalised on
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  *,
+  console: rich_console.Console,
+) -> dict[str, Any]:
+  """Trains, leaves the reward model in the workdir; returns the summary."""
+  began = time.monotonic()
+  policy = pretrained_lib.load_policy(config)
+  pairs, heldout_prompts = _pairs(config, policy, console)
+  train, heldout = data.split_heldout(
+    pairs, config.data.heldout_fraction, config.seed
+  )
+  mesh = settings.mesh(config)
+  step_config = reward_model.RewardModelConfig(policy.model)
+  optimizer = optimizer_lib.make(settings.optimizer_config(config))
+  trunk = reference_lib.freeze(policy.params)["transformer"]
+  trunk.pop("lm_head", None)
+  head = transformer.init_scalar_head(policy.model.width, use_bias=False)
+  params = {"transformer": trunk, "score_head": head}
+  state = types.TrainState(jnp.int32(0), params, optimizer.init(params), ())
+  size = config.train.batch_size
+
+  def batch(index):
+    rows = data.batch_at(train, seed=config.seed, step=index, batch_size=size)
+    return sharding.place_batch(rows, mesh)
+
+  def record(index, metrics, seconds):
+    loop.check_finite("reward_model", index, metrics)
+    workdir.append_metrics(index, metrics | {"time/step_s": seconds})
+    names = {"loss": "loss", "accuracy": "accuracy"}
+    return {"": {n: metrics[f"reward_model/{m}"] for n, m in names.items()}}
+
+  state = loop.drive(
+    loop.Run(
+      name="reward model",
+      steps=config.train.steps,
+      mesh=mesh,
+      checkpoints=checkpoint.Checkpoints(
+        workdir.path / "checkpoints", **config.checkpoint
+      ),
+      metadata={"reference": checkpoint.tree_hash(policy.params)},
+    ),
+    state,
+    reward_model.make_step(step_config, optimizer),
+    arguments=lambda index: (batch(index),),
+    rewind=workdir.rewind,
+    record=record,
+    console=console,
+  )
+  metrics = workdir.mean_of_last()
+  if len(jax.tree.leaves(heldout)[0]):
+    with jax.set_mesh(mesh):
+      evaluate = jax.jit(reward_model.pair_metrics, static_argnums=2)
+      _, scalars = evaluate(state.params, heldout, step_config)
+    for name, value in scalars.items():
+      metrics[name.replace("/", "/heldout_")] = float(value)
+  samples = sampling.sample(
+    policy, heldout_prompts, config, seed=config.seed + 1
+  )
+  score = jax.jit(rewards.raw_scores, static_argnames="model")
+  with jax.set_mesh(mesh):
+    raw = score(state.params, samples, model=policy.model)
+  moments = reward_model.moments(raw)
+  metrics["reward_model/raw_mean"] = float(moments["mean"])
+  metrics["reward_model/raw_std"] = float(moments["std"])
+  model = dataclasses.replace(
+    policy,
+    params=state.params | {"normalisation": moments},
+    where=str(workdir.path),
+  )
+  pretrained_lib.save(workdir, model)
+  summary = {
+    "stage": "reward_model",
+    "seed": config.seed,
+    "steps": config.train.steps,
+    "wall_s": time.monotonic() - began,
+    "metrics": metrics,
+  }
+  workdir.write_summary(summary)
+  return summary
+
+
+def _pairs(config, policy, console):
+  """Preference pairs, and prompts on which the score is to be normalised."""
+  layout = {
+    "prompt_length": config.rollout.prompt_length,
+    "response_length": config.rollout.response_length,
+    "pad_id": policy.pad_id,
+    "vocab_size": policy.model.vocab_size,
+  }
+  if not (path := config.data.path):
+    return _sampled_pairs(config, policy)
+  texts, counts = readers.read_pairs(path)
+  console.print(f"reward model: {path}: {counts}", markup=False)
+  rows = []
+  for text in texts:
+    encode = lambda response, prompt=text.prompt: tokenizer_lib.encode_pair(
+      policy.tokenizer, prompt, response
+    )
+    prompt, chosen = encode(text.chosen)
+    rows.append((prompt, chosen, encode(text.rejected)[1]))
+  pairs, cut = data.preference_pairs_array(rows, **layout, where=path)
+  if cut.rows:
+    console.print(
+      f"reward model: {cut.rows} prompts and responses are longer than "
+      f"rollout.prompt_length={layout['prompt_length']} or "
+      f"rollout.response_length={layout['response_length']} and lost "
+      f"{cut.tokens} tokens",
+      highlight=False,
+    )
+  prompts = types.Prompts(
+    pairs.chosen.prompt_tokens, pairs.chosen.prompt_lengths
+  )
+  _, heldout = data.split_heldout(
+    prompts, config.data.heldout_fraction, config.seed
+  )
+  return pairs, heldout if len(heldout.lengths) else prompts
+
+
+def _sampled_pairs(config, policy):
+  """Two responses of the policy to each prompt, judged by noisy gold."""
+
+  def prompts(seed, count):
+    ids = toy_language.sample_prompts(seed, count)
+    return sampling.prompts_array(ids, config, policy, "prompts")[0]
+
+  asked = prompts(config.seed + 2, config.data.size)
+  first, second = (
+    sampling.sample(policy, asked, config, seed=config.seed + offset)
+    for offset in (2, 3)
+  )
+  key = jax.random.fold_in(jax.random.key(config.seed), config.data.size)
+  first_wins = np.asarray(
+    toy_language.label_preferences(
+      key, toy_language.gold_reward(first), toy_language.gold_reward(second)
+    )
+  )
+
+  def pick(condition):
+    choose = lambda a, b: np.where(
+      condition.reshape((-1,) + (1,) * (a.ndim - 1)), a, b
+    )
+    return jax.tree.map(choose, first, second)
+
+  pairs = types.PreferencePairs(pick(first_wins), pick(~first_wins))
+  return pairs, prompts(config.seed + 1, MOMENT_PROMPTS)

@@ -1,0 +1,142 @@
+"""Stage `sft`: next-token training on prompts with their responses."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from rich import console as rich_console
+
+from rlhf_jax import types
+from rlhf_jax.host import (
+  checkpoint,
+  data,
+  loop,
+  readers,
+  sampling,
+  settings,
+  toy_language,
+)
+from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.steps import optimizer as optimizer_lib
+from rlhf_jax.steps import sft, sharding
+
+GOLD_PROMPTS = 512  # responses that the SFT policy's own gold is measured on
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  *,
+  console: rich_console.Console,
+) -> dict[str, Any]:
+  """Trains, leaves the policy in the workdir and returns the summary."""
+  began = time.monotonic()
+  start = pretrained_lib.load_policy(config)
+  train, heldout = _texts(config, start, console)
+  mesh = settings.mesh(config)
+  step_config = sft.SFTConfig(start.model, settings.logits_per_chunk(config))
+  optimizer = optimizer_lib.make(settings.optimizer_config(config))
+  params = jax.tree.map(jnp.asarray, start.params)
+  state = types.TrainState(jnp.int32(0), params, optimizer.init(params), ())
+  size = config.train.batch_size
+
+  def batch(rows, index):
+    rows = data.batch_at(rows, seed=config.seed, step=index, batch_size=size)
+    return sharding.place_batch(rows, mesh)
+
+  def record(index, metrics, seconds):
+    loop.check_finite("sft", index, metrics)
+    workdir.append_metrics(index, metrics | {"time/step_s": seconds})
+    return {"": {"loss": metrics["sft/loss"]}}
+
+  state = loop.drive(
+    loop.Run(
+      name="sft",
+      steps=config.train.steps,
+      mesh=mesh,
+      checkpoints=checkpoint.Checkpoints(
+        workdir.path / "checkpoints", **config.checkpoint
+      ),
+      metadata={},
+    ),
+    state,
+    sft.make_step(step_config, optimizer),
+    arguments=lambda index: (batch(train, index),),
+    rewind=workdir.rewind,
+    record=record,
+    console=console,
+  )
+  policy = dataclasses.replace(
+    start, params=state.params, where=str(workdir.path)
+  )
+  pretrained_lib.save(workdir, policy)
+  metrics = workdir.mean_of_last()
+  if heldout is not None:
+    with jax.set_mesh(mesh):
+      loss = jax.jit(sft.negative_log_likelihood, static_argnums=2)
+      loss = loss(state.params, heldout, step_config)
+    metrics["sft/heldout_loss"] = float(loss)
+  if not config.data.path:
+    metrics |= _gold(policy, config)
+  summary = {
+    "stage": "sft",
+    "seed": config.seed,
+    "steps": config.train.steps,
+    "wall_s": time.monotonic() - began,
+    "metrics": metrics,
+  }
+  workdir.write_summary(summary)
+  return summary
+
+
+def _texts(config, start, console):
+  """Packed rows to train on, and held-out rows (None where the fraction is 0)."""
+  if path := config.data.path:
+    texts, counts = readers.read_texts(path)
+    encode = lambda text: tokenizer_lib.encode_pair(start.tokenizer, *text)
+    texts = [encode(text) for text in texts]
+    console.print(f"sft: {path}: {counts}", markup=False, highlight=False)
+  else:
+    texts = toy_language.sample_texts(config.seed, config.data.size)
+  sides = data.split_heldout(texts, config.data.heldout_fraction, config.seed)
+  packed = []
+  for side in sides:
+    if not side:
+      packed.append(None)
+      continue
+    rows, cut = data.pack(
+      side,
+      sequence_length=config.data.sequence_length,
+      pad_id=start.pad_id,
+      vocab_size=start.model.vocab_size,
+      where=path or "the built-in language",
+    )
+    packed.append(rows)
+    if cut.rows:
+      console.print(
+        f"sft: {cut.rows} texts are longer than data.sequence_length="
+        f"{config.data.sequence_length} and lost {cut.tokens} tokens",
+        highlight=False,
+      )
+  return packed
+
+
+def own_responses(
+  policy: pretrained_lib.Pretrained, config: ConfigDict
+) -> types.Sequences:
+  """What a policy of the built-in language writes to prompts not trained on."""
+  prompts = toy_language.sample_prompts(config.seed + 1, GOLD_PROMPTS)
+  prompts, _ = sampling.prompts_array(prompts, config, policy, "prompts")
+  return sampling.sample(policy, prompts, config, seed=config.seed)
+
+
+def _gold(policy, config):
+  """The SFT policy's own gold, with which a later policy is compared."""
+  gold = toy_language.gold_reward(own_responses(policy, config))
+  error = gold.std() / GOLD_PROMPTS**0.5
+  return {"reward/gold": float(gold.mean()), "reward/gold_se": float(error)}

@@ -1,0 +1,158 @@
+"""Rewards that read text: named `module:function`, called from the step.
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]
+
+The compiled step hands over token ids and waits. What comes back is checked;
+what is wrong with it is kept until the step has ended (`raise_if_failed`),
+because an exception must not cross the compiled code.
+"""
+
+from collections.abc import Callable, Sequence
+import importlib
+import numbers
+import re
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax import errors, types
+from rlhf_jax.host import tokenizer as tokenizer_lib
+
+TextFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+def load_function(name: str) -> Callable:
+  """The function that `module:function` names.
+
+  Raises:
+    UserError: No such module or function, or it cannot be called.
+  """
+  module_name, _, function_name = name.partition(":")
+  where = f"config.reward.function: {name!r}"
+  try:
+    module = importlib.import_module(module_name)
+  except Exception as error:  # A user's module may raise anything.
+    raise errors.UserError(
+      f"{where}: importing {module_name!r} failed: "
+      f"{type(error).__name__}: {error}; wanted module:function"
+    ) from error
+  if not callable(function := vars(module).get(function_name)):
+    names = sorted(n for n, f in vars(module).items() if callable(f))
+    raise errors.UserError(
+      f"{where}: {module_name} has no function {function_name!r}; "
+      f"it has {', '.join(names[:10]) or 'none'}"
+    )
+  return function
+
+
+class TextReward:
+  """Makes a function of text one of token ids, as `rewards.from_host` wants."""
+
+  def __init__(
+    self, name: str, function: TextFunction, tokenizer: PreTrainedTokenizerBase
+  ):
+    self._name = name
+    self._function = function
+    self._tokenizer = tokenizer
+    self._failure: errors.UserError | None = None
+
+  def __call__(self, sequences: types.Sequences, step: int) -> np.ndarray:
+    """Scores `[B]`, float32; all NaN where the function failed."""
+    prompts = [
+      self._decode(row[len(row) - length :])
+      for row, length in zip(sequences.prompt_tokens, sequences.prompt_lengths)
+    ]
+    responses = [
+      self._decode(row[:length])
+      for row, length in zip(
+        sequences.response_tokens, sequences.response_lengths
+      )
+    ]
+    try:
+      scores = self._function(prompts, responses)
+      return self._checked(scores, prompts)
+    except errors.UserError as failure:
+      self._failure = failure
+    except Exception as error:  # A user's function may raise anything.
+      self._failure = errors.UserError(
+        f"{self._name}: step {step}: raised {type(error).__name__}: {error}; "
+        f"the batch began with the prompt {prompts[0]!r}"
+      )
+      self._failure.__cause__ = error
+    return np.full(len(prompts), np.nan, np.float32)
+
+  def raise_if_failed(self) -> None:
+    """Raises what went wrong in the step that has just ended, if anything."""
+    if self._failure is not None:
+      raise self._failure
+
+  def _decode(self, ids: np.ndarray) -> str:
+    return tokenizer_lib.decode(self._tokenizer, ids.tolist())
+
+  def _checked(self, scores: Sequence[float], prompts: list[str]) -> np.ndarray:
+    def refuse(found: str):
+      raise errors.UserError(
+        f"{self._name}: returned {found}; wanted a list of {len(prompts)} "
+        "finite numbers, one per response"
+      )
+
+    try:
+      scores = list(scores)
+    except TypeError:
+      refuse(f"a {type(scores).__name__}")
+    if len(scores) != len(prompts):
+      refuse(f"{len(scores)} scores")
+    for row, (score, prompt) in enumerate(zip(scores, prompts)):
+      is_number = isinstance(score, numbers.Real | np.number)
+      if not is_number or isinstance(score, bool):
+        refuse(f"a {type(score).__name__} for row {row} ({prompt!r})")
+      if not np.isfinite(score):
+        refuse(f"{score} for row {row} ({prompt!r})")
+    return np.array(scores, np.float32)
+
+
+_HAPPY = frozenset(
+  [
+    "happy",
+    "happily",
+    "smile",
+    "smiled",
+    "smiles",
+    "smiling",
+    "laugh",
+    "laughed",
+    "laughing",
+    "fun",
+    "love",
+    "loved",
+    "joy",
+    "play",
+    "played",
+    "playing",
+    "friend",
+    "friends",
+    "hug",
+    "hugged",
+    "nice",
+    "kind",
+    "good",
+    "great",
+    "beautiful",
+    "excited",
+    "proud",
+    "glad",
+    "thank",
+    "thanked",
+    "share",
+    "shared",
+  ]
+)
+
+
+def happy_words(prompts: list[str], responses: list[str]) -> list[float]:
+  """Happy words per response, up to 10: a reward that is easy to see work."""
+  del prompts
+  count = lambda text: sum(
+    word in _HAPPY for word in re.findall(r"[a-z]+", text.lower())
+  )
+  return [min(float(count(response)), 10.0) for response in responses]

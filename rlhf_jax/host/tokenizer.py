@@ -1,0 +1,186 @@
+"""Text ⇄ ids through a Hugging Face tokenizer, from local files only.
+
+A prompt is plain text: what looks like a special token in it is spelled out,
+never a turn, and BOS is put in front once where the tokenizer wants one. A
+response goes on where its prompt ends.
+
+Left out: chat templates (a prompt is used as it stands) and code that comes
+with a tokenizer.
+"""
+
+from collections.abc import Iterator
+import hashlib
+import json
+import os
+import pathlib
+
+import transformers
+
+from rlhf_jax import errors
+from rlhf_jax.models import hf_files
+
+Tokenizer = transformers.PreTrainedTokenizerBase
+
+# Put before a text to see its ids as a continuation: for almost any text, one
+# of them is not joined to it. (A space would be lost after the line break.)
+_ANCHORS = (".", "a", "\n")
+
+
+def load(directory: str | os.PathLike[str]) -> Tokenizer:
+  """Reads `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`.
+
+  Raises:
+    UserError: If the directory holds no tokenizer that runs without code of
+      its own or packages that we do not have.
+  """
+  directory = pathlib.Path(directory)
+  names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+  if not any((directory / name).is_file() for name in names):
+    raise errors.UserError(
+      f"{directory}: no tokenizer; a directory with tokenizer.json, or with "
+      "vocab.json and merges.txt, is wanted"
+    )
+  described = any((directory / name).is_file() for name in names[:2])
+  kind = transformers.AutoTokenizer if described else transformers.GPT2Tokenizer
+  try:
+    return kind.from_pretrained(
+      directory, local_files_only=True, trust_remote_code=False
+    )
+  except Exception as error:  # The libraries raise bare Exceptions too.
+    reason = " ".join(str(error).split())
+    message = f"{directory}: the tokenizer cannot be read: {reason}"
+    raise errors.UserError(message) from error
+
+
+def check(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+  """Requires a row of the embedding for every id.
+
+  JAX would clamp a larger id to the last row without a word.
+
+  Args:
+    tokenizer: Of the texts.
+    vocab_size: Rows of the embedding.
+    where: The tokenizer's directory, for the message.
+
+  Raises:
+    UserError: Names the largest id.
+  """
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= vocab_size:
+    raise errors.UserError(
+      f"{where}: the tokenizer has ids up to {largest}; at most "
+      f"{vocab_size - 1} is wanted, as the model's embedding has {vocab_size} "
+      "rows: use the model's own tokenizer"
+    )
+
+
+def stop_ids(
+  directory: str | os.PathLike[str], tokenizer: Tokenizer
+) -> tuple[int, ...]:
+  """The ids that a model directory declares to end a text, sorted.
+
+  A union of the eos ids in `generation_config.json`, `config.json` and the
+  tokenizer: they often differ. A model may end on yet another id.
+
+  Raises:
+    UserError: If a file's eos is neither an id nor a list of ids.
+  """
+  ids = set()
+  if tokenizer.eos_token_id is not None:
+    ids.add(tokenizer.eos_token_id)
+  for name in ("generation_config.json", "config.json"):
+    path = pathlib.Path(directory) / name
+    if not path.is_file():
+      continue
+    found = hf_files.read_json(path).get("eos_token_id")
+    eos = found if isinstance(found, list) else [found]
+    eos = [id_ for id_ in eos if id_ is not None]
+    if any(type(id_) is not int or id_ < 0 for id_ in eos):
+      raise errors.UserError(
+        f"{path}: eos_token_id: {found!r}; an id or a list of ids is wanted"
+      )
+    ids.update(eos)
+  return tuple(sorted(ids))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+  """BOS once, where the tokenizer adds one, and the text; never an EOS."""
+  return _bos(tokenizer) + _encode(tokenizer, text)
+
+
+def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
+  """The text as a continuation: no BOS, and no space put before it.
+
+  Raises:
+    UserError: If the tokenizer cannot continue with this text.
+  """
+  for ids in _continuations(tokenizer, text):
+    return ids
+  raise errors.UserError(
+    f"response {text!r}: the tokenizer joins it to whatever precedes it; begin "
+    "it with a space or a word"
+  )
+
+
+def encode_pair(
+  tokenizer: Tokenizer, prompt: str, response: str
+) -> tuple[list[int], list[int]]:
+  """A prompt as `encode_prompt` has it, and ids that continue it.
+
+  Together they decode to what the joint text's ids do. They are the joint
+  text's own unless one of those spans the border: no rollout from this prompt
+  could produce such a token.
+
+  Raises:
+    UserError: If no ids of the response continue the prompt to the joint text.
+  """
+  prompt_ids = encode_prompt(tokenizer, prompt)
+  joint_ids = encode_prompt(tokenizer, prompt + response)
+  if joint_ids[: len(prompt_ids)] == prompt_ids:
+    return prompt_ids, joint_ids[len(prompt_ids) :]
+  wanted = decode(tokenizer, joint_ids)
+  for response_ids in _continuations(tokenizer, response):
+    if decode(tokenizer, prompt_ids + response_ids) == wanted:
+      return prompt_ids, response_ids
+  raise errors.UserError(
+    f"response {response!r}: no ids continue the prompt {prompt!r} to "
+    f"{wanted!r}; move the border between the two to a space"
+  )
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+  """The text, without special tokens and without cosmetic clean-up."""
+  text = tokenizer.decode(
+    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+  )
+  assert isinstance(text, str)  # A list of texts would need a list of lists.
+  return text
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+  """sha256 of the vocabulary: equal where ids mean the same tokens."""
+  vocabulary = sorted(tokenizer.get_vocab().items())
+  return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+  """Ids of plain text; special tokens in it are spelled out."""
+  encoding = tokenizer(
+    text, add_special_tokens=False, split_special_tokens=True
+  )
+  return encoding["input_ids"]
+
+
+def _continuations(tokenizer, text: str) -> Iterator[list[int]]:
+  """The text's ids after each anchor whose own ids it leaves alone."""
+  for anchor in _ANCHORS:
+    start = _encode(tokenizer, anchor)
+    ids = _encode(tokenizer, anchor + text)
+    if ids[: len(start)] == start:
+      yield ids[len(start) :]
+
+
+def _bos(tokenizer) -> list[int]:
+  """BOS, if the tokenizer's own template begins with it."""
+  first = tokenizer("a", add_special_tokens=True)["input_ids"][0]
+  return [first] if first == tokenizer.bos_token_id else []

@@ -1,0 +1,130 @@
+"""Hugging Face directories ⇄ our parameter tree, through safetensors alone.
+
+    params, config = load(directory, unroll=0, remat=False, compute_dtype=…)
+    save(directory, params, config, stop_ids=(2,), pad_id=0, bos_id=1)
+
+A language model's tree is that of `transformer.init`; a reward model's is
+`{"transformer": …, "score_head": {"kernel": [D]}}`. `families` and `layouts`
+say what is called what, `hf_files` reads and writes the files.
+"""
+
+import os
+import pathlib
+from typing import Literal
+
+import jax
+import numpy as np
+
+from rlhf_jax import types
+from rlhf_jax.models import families, hf_files, layouts, transformer
+
+
+def load(
+  directory: str | os.PathLike[str],
+  *,
+  unroll: int,
+  remat: bool,
+  compute_dtype: Literal["float32", "bfloat16"],
+) -> tuple[types.Params, transformer.TransformerConfig]:
+  """Reads a language model or a reward model.
+
+  The parameters are float32 numpy arrays: where they go is for the caller's
+  mesh to say. Needs memory for them and one tensor more.
+
+  Args:
+    directory: With `config.json` and `*.safetensors`.
+    unroll: Layers per scan step; 0 unrolls all of them.
+    remat: As in `TransformerConfig`.
+    compute_dtype: As in `TransformerConfig`.
+
+  Raises:
+    UserError: For an architecture that we do not have, and for weights that
+      are not exactly its own; one message lists all that is wrong.
+  """
+  directory = pathlib.Path(directory)
+  where = directory / "config.json"
+  hf = hf_files.read_json(where)
+  family, reward_model = families.family_of(hf, where=str(where))
+  config = families.config_from_hf(
+    hf,
+    where=str(where),
+    unroll=unroll,
+    remat=remat,
+    compute_dtype=compute_dtype,
+  )
+  template = _template(config, reward_model)
+  wanted = jax.eval_shape(lambda x: layouts.to_hf(x, family.weights), template)
+  shapes = {name: tensor.shape for name, tensor in wanted.items()}
+  ignored = family.ignored + "|lm_head.weight" * config.tie_embeddings
+  with hf_files.open_tensors(directory, prefix=family.prefix) as tensors:
+    hf_files.check_tensors(
+      tensors, shapes, ignored=ignored, where=str(directory)
+    )
+    read = lambda name: tensors[name].read()
+    params = layouts.from_hf(template, family.weights, read)
+  if reward_model:
+    score_head = params.pop("score_head")
+    return {"transformer": params, "score_head": score_head}, config
+  return params, config
+
+
+def save(
+  directory: str | os.PathLike[str],
+  params: types.Params,
+  config: transformer.TransformerConfig,
+  *,
+  stop_ids: tuple[int, ...],
+  pad_id: int | None,
+  bos_id: int | None,
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes a directory that `transformers` loads, in float32.
+
+  Args:
+    directory: New, or without a model in it.
+    params: A language model's or a reward model's tree.
+    config: Its architecture.
+    stop_ids: Ids that end a response; `eos_token_id` there.
+    pad_id: `pad_token_id` there; a reward model needs one to score batches.
+    bos_id: `bos_token_id` there.
+    max_shard_bytes: A larger model is divided over several files.
+
+  Raises:
+    UserError: If the directory holds a model, or `transformers` has no such
+      architecture.
+  """
+  directory = pathlib.Path(directory)
+  reward_model = "score_head" in params
+  hf = families.config_to_hf(
+    config,
+    reward_model=reward_model,
+    stop_ids=stop_ids,
+    pad_id=pad_id,
+    bos_id=bos_id,
+  )
+  family, _ = families.family_of(hf, where=str(directory))
+  if reward_model:
+    params = params["transformer"] | {"score_head": params["score_head"]}
+  params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+  tensors = layouts.to_hf(params, family.weights)
+  hf_files.make_directory(directory)
+  hf_files.write_tensors(directory, tensors, max_shard_bytes=max_shard_bytes)
+  if not reward_model:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = {name: hf[name] for name in names}
+    hf_files.write_json(directory / "generation_config.json", generation)
+  hf_files.write_json(directory / "config.json", hf)  # Last: now it is a model.
+
+
+def _template(config, reward_model):
+  """Shapes of our tree, a score head beside the layers."""
+
+  def init():
+    key = jax.random.key(0)
+    params = transformer.init(key, config, lm_head=not reward_model)
+    if reward_model:
+      score_head = transformer.init_scalar_head(config.width, use_bias=False)
+      params["score_head"] = score_head
+    return params
+
+  return jax.eval_shape(init)

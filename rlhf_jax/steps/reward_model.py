@@ -1,0 +1,86 @@
+"""Reward modelling: one compiled Bradley–Terry update on preference pairs.
+
+    state, scalars = step(state, pairs)
+
+After training, `moments` gives the mean and deviation of the raw score on
+held-out samples of the reference, by which `rewards.from_model` normalises.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import optax
+
+from rlhf_jax import types
+from rlhf_jax.models import transformer
+from rlhf_jax.objective import preference_loss
+from rlhf_jax.steps import rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+  """What is fixed when the step is compiled."""
+
+  model: transformer.TransformerConfig
+
+
+def pair_metrics(
+  params: types.Params,
+  pairs: types.PreferencePairs,
+  config: RewardModelConfig,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Mean loss (nats per pair), with loss and accuracy by name.
+
+  Chosen and rejected go through the network as one batch. A tie counts as
+  half right.
+  """
+  both = jax.tree.map(
+    lambda chosen, rejected: jnp.concatenate([chosen, rejected]),
+    pairs.chosen,
+    pairs.rejected,
+  )
+  both = jax.tree.map(transformer.shard_batch, both)
+  scores = rewards.raw_scores(params, both, model=config.model)
+  chosen, rejected = jnp.split(scores, 2)
+  loss = preference_loss.bradley_terry_loss(chosen, rejected).mean()
+  accuracy = (jnp.sign(chosen - rejected).mean() + 1) / 2
+  return loss, {"reward_model/loss": loss, "reward_model/accuracy": accuracy}
+
+
+def make_step(
+  config: RewardModelConfig, optimizer: optax.GradientTransformation
+) -> Callable[
+  [types.TrainState, types.PreferencePairs],
+  tuple[types.TrainState, dict[str, Float[Array, ""]]],
+]:
+  """The step, to be jitted with its state donated."""
+
+  def step(state, pairs):
+    gradient, scalars = jax.grad(pair_metrics, has_aux=True)(
+      state.params, pairs, config
+    )
+    updates, optimizer_state = optimizer.update(
+      gradient, state.optimizer, state.params
+    )
+    state = types.TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      optimizer=optimizer_state,
+      beta=state.beta,
+    )
+    grad_norm = optax.global_norm(gradient)
+    return state, scalars | {"reward_model/grad_norm": grad_norm}
+
+  return step
+
+
+def moments(raw: Float[Array, "N"]) -> dict[str, Float[Array, ""]]:
+  """Mean and standard deviation of raw scores, as a reward model stores them.
+
+  Scores that do not differ are left unscaled: there is nothing to divide by.
+  """
+  std = raw.std()
+  return {"mean": raw.mean(), "std": jnp.where(std > 0, std, 1.0)}

@@ -1,0 +1,76 @@
+"""Supervised fine-tuning: one compiled update on packed texts.
+
+    state, scalars = step(state, batch)
+
+The loss is −log π(token) averaged over all tokens that are to be predicted in
+the batch: prompts are masked, and texts packed into one row do not see each
+other.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float
+import optax
+
+from rlhf_jax import types
+from rlhf_jax.models import transformer
+from rlhf_jax.objective import logprobs, masking
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+  """What is fixed when the step is compiled."""
+
+  model: transformer.TransformerConfig
+  logits_per_chunk: int = 2**24
+
+
+def negative_log_likelihood(
+  params: types.Params, batch: types.PackedTexts, config: SFTConfig
+) -> Float[Array, ""]:
+  """Mean over the predicted tokens, nats per token."""
+  hidden, _ = transformer.apply(
+    params["transformer"],
+    batch.tokens,
+    config=config.model,
+    positions=batch.positions,
+    mask=masking.attention_mask(batch.segments),
+  )
+  predicted = logprobs.token_logprobs(
+    hidden[:, :-1],
+    transformer.head(params["transformer"]),
+    batch.tokens[:, 1:],
+    temperature=1.0,
+    logits_per_chunk=config.logits_per_chunk,
+  )
+  return -masking.masked_mean(predicted, batch.loss_mask[:, 1:])
+
+
+def make_step(
+  config: SFTConfig, optimizer: optax.GradientTransformation
+) -> Callable[
+  [types.TrainState, types.PackedTexts],
+  tuple[types.TrainState, dict[str, Float[Array, ""]]],
+]:
+  """The step, to be jitted with its state donated."""
+
+  def step(state, batch):
+    batch = jax.tree.map(transformer.shard_batch, batch)
+    loss, gradient = jax.value_and_grad(negative_log_likelihood)(
+      state.params, batch, config
+    )
+    updates, optimizer_state = optimizer.update(
+      gradient, state.optimizer, state.params
+    )
+    state = types.TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      optimizer=optimizer_state,
+      beta=state.beta,
+    )
+    grad_norm = optax.global_norm(gradient)
+    return state, {"sft/loss": loss, "sft/grad_norm": grad_norm}
+
+  return step

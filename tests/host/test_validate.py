@@ -1,0 +1,309 @@
+"""Every rule refuses what it should, and no preset."""
+
+import math
+import types
+
+import pytest
+
+from configs import ppo, quickstart, reward_model, sft
+from rlhf_jax import errors
+from rlhf_jax.host import validate
+
+PRESETS = [
+  (sft, "toy", 8),
+  (sft, "stories", 8),
+  (reward_model, "toy", 8),
+  (reward_model, "hh", 8),
+  (ppo, "toy", 8),
+  (ppo, "stories", 8),
+  (ppo, "1b", 8),
+  (ppo, "8b", 64),
+  (quickstart, "toy", 1),
+]
+
+# Overrides of the toy PPO config, and what the message must say in order.
+BAD_FIELDS = [
+  # Bad inputs 1: a word for one of a few things.
+  ("stage=pppo", "config.stage: 'pppo'; wanted", "Did you mean 'ppo'?"),
+  ("stage=dpo", "config.stage: 'dpo'; wanted 'pipeline' or 'sft'"),
+  ("model.norm=rsm", "config.model.norm: 'rsm'", "Did you mean 'rms'?"),
+  ("model.positions=alibi", "wanted 'rope' or 'learned'"),
+  ("model.activation=relu", "wanted 'swiglu' or 'gelu'"),
+  ("model.compute_dtype=float16", "Did you mean 'bfloat16'?"),
+  ("reference.kind=ema", "config.reference.kind: 'ema'; wanted 'frozen'"),
+  ("reward.kind=pyton", "Did you mean 'python'?"),
+  ("kl.gradient=token_forward", "config.kl.gradient", "'sequence_reverse'"),
+  ("kl.estimator=k3", "config.kl.estimator: 'k3'; wanted 'sampled'"),
+  ("kl.controller=dual", "config.kl.controller: 'dual'; wanted 'fixed'"),
+  ("optimizer.schedule=cosin", "Did you mean 'cosine'?"),
+  # 3, 4: numbers.
+  ("optimizer.learning_rate=nan", "learning_rate: nan; wanted finite and"),
+  ("optimizer.learning_rate=inf", "learning_rate: inf; wanted finite and"),
+  ("optimizer.learning_rate=0", "learning_rate: 0.0; wanted", "above 0"),
+  ("optimizer.b2=1", "config.optimizer.b2: 1.0; wanted in [0, 1)"),
+  ("optimizer.weight_decay=-1", "weight_decay: -1.0; wanted finite and at"),
+  ("optimizer.max_grad_norm=0", "max_grad_norm: 0.0"),
+  ("optimizer.warmup_steps=200", "warmup_steps: 200", "train.steps=200"),
+  ("train.batch_size=0", "config.train.batch_size: 0; wanted at least 1"),
+  ("train.steps=-5", "config.train.steps: -5; wanted at least 1"),
+  ("rollout.response_length=0", "response_length: 0; wanted at least 1"),
+  ("rollout.prompt_length=-1", "prompt_length: -1; wanted at least 1"),
+  ("data.sequence_length=1", "sequence_length: 1; wanted at least 2"),
+  ("data.heldout_fraction=1", "heldout_fraction: 1.0; wanted in (0, 1)"),
+  ("checkpoint.every=0", "checkpoint.every: 0; wanted at least 1"),
+  ("model.layers=0", "config.model.layers: 0; wanted at least 1"),
+  ("mesh.data=0", "config.mesh.data: 0; wanted -1 (the rest) or at least 1"),
+  # 5: what must divide what.
+  ("train.batch_size=63", "batch_size: 63", "ppo.minibatches=2"),
+  ("ppo.microbatches=3", "ppo.microbatches: 3", "train.batch_size=64 /"),
+  # 7, 8: the penalty and PPO.
+  ("kl.beta=-0.1", "config.kl.beta: -0.1; wanted finite and at least 0"),
+  ("kl.beta=nan", "config.kl.beta: nan"),
+  ("kl.beta=inf", "config.kl.beta: inf"),
+  ("kl.target=6", "config.kl.target: 6.0; wanted 0 with", "set kl.beta"),
+  ("ppo.gamma=0.99", "config.ppo.gamma: 0.99", "undiscounted return"),
+  ("ppo.gamma=1.1", "config.ppo.gamma: 1.1; wanted in [0, 1]"),
+  ("ppo.gae_lambda=-0.1", "config.ppo.gae_lambda: -0.1; wanted in [0, 1]"),
+  ("ppo.clip_epsilon=1", "config.ppo.clip_epsilon: 1.0; wanted in (0, 1)"),
+  ("ppo.clip_epsilon=0", "config.ppo.clip_epsilon: 0.0; wanted in (0, 1)"),
+  ("rollout.temperature=0", "temperature: 0.0; wanted", "above 0"),
+  ("rollout.top_p=0", "rollout.top_p: 0.0; wanted in (0, 1]"),
+  ("rollout.top_p=1.1", "rollout.top_p: 1.1"),
+  ("rollout.top_k=-1", "rollout.top_k: -1; wanted at least 0"),
+  ("rollout.stop_ids=1,-1", "config.rollout.stop_ids: (1, -1); wanted"),
+  ("rollout.stop_ids='a'", "config.rollout.stop_ids: ('a',); wanted"),
+  # 9, 38: the network.
+  ("rollout.response_length=121", "response_length: 121", "128 positions"),
+  ("model.kv_heads=3", "config.model.heads: 4", "model.kv_heads=3"),
+  ("model.head_size=7", "config.model.head_size: 7", "even"),
+  ("model.layers=3,model.unroll=2", "model.unroll: 2", "layers=3"),
+  ("mesh.tensor=8", "config.mesh.tensor: 8", "kv_heads=4"),
+  ("mesh.tensor=4,model.mlp_width=30", "mesh.tensor: 4", "mlp_width=30"),
+  ("mesh.tensor=4,model.vocab_size=9", "mesh.tensor: 4", "vocab_size=9"),
+  ("mesh.fsdp=3", "config.mesh.fsdp: 3", "width=64"),
+  ("model.vocab_size=8,rollout.stop_ids=8", "stop_ids: (8,)", "=8"),
+  # 13: the seed.
+  ("seed=-1", "config.seed: -1; wanted an integer in [0, 2**32)"),
+  (f"seed={2**32}", f"config.seed: {2**32}; wanted an integer"),
+  # 49: a reward that is none.
+  ("reward.kind=python", "config.reward.function: ''; wanted module:function"),
+  ("reward.kind=function,reward.function=f", "reward.function: 'f'; wanted"),
+  ("reward.kind=function,reward.function=a:b:c", "function: 'a:b:c'; wanted"),
+  ("reward.function=a:b", "config.reward.function: 'a:b'; wanted ''"),
+  ("reward.kind=python,reward.function=a:b,reward.path=c", "reward.path: 'c'"),
+  # Paths.
+  ("policy.path=nowhere", "config.policy.path: 'nowhere'; wanted '' or a dir"),
+  ("policy.tokenizer=nowhere", "config.policy.tokenizer: 'nowhere'"),
+  ("reward.path=nowhere", "config.reward.path: 'nowhere'"),
+  ("data.path=nowhere", "config.data.path: 'nowhere'; wanted '' or a file"),
+  # Sweeps and pipelines.
+  ("sweep.betas=0,-1", "config.sweep.betas: (0, -1); wanted numbers"),
+  ("sweep.betas='a'", "config.sweep.betas: ('a',); wanted numbers"),
+  ("sweep.betas=0.1,0.1", "config.sweep.betas: (0.1, 0.1); wanted each"),
+  ("stage=sft", "config.stage: 'sft'; wanted 'pipeline' or 'ppo'"),
+  ("pipeline.sft.kl.beta=-1", "config.pipeline.sft.kl.beta: -1.0"),
+  ("pipeline.sft.stage=ppo", "config.pipeline.sft.stage: 'ppo'"),
+  (
+    "pipeline.sft.model.width=32",
+    "config.pipeline.sft.model.width: 32; wanted config.model.width=64",
+  ),
+]
+
+
+def refusal(call, *args, **kwargs):
+  with pytest.raises(errors.UserError) as caught:
+    call(*args, **kwargs)
+  message = str(caught.value)
+  assert "\n" not in message
+  return message
+
+
+def assert_in_order(message, fragments):
+  position = 0
+  for fragment in fragments:
+    assert fragment in message[position:], (message, fragment)
+    position += message[position:].index(fragment)
+
+
+@pytest.mark.parametrize("module, preset, device_count", PRESETS)
+def test_every_preset_passes(module, preset, device_count):
+  config = module.get_config(preset)
+  validate.validate(config, device_count=device_count)
+
+
+@pytest.mark.parametrize(
+  "overrides, fragments", [(row[0], row[1:]) for row in BAD_FIELDS]
+)
+def test_bad_fields(overrides, fragments):
+  """Bad inputs 1, 3-5, 7-9, 13, 38 and 49."""
+  config = ppo.get_config(overrides)
+  assert_in_order(refusal(validate.validate_fields, config), fragments)
+
+
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    "kl.beta=0,rollout.top_k=5,rollout.stop_ids=()",
+    "rollout.response_length=120",
+    "ppo.gamma=0.0,kl.gradient=sequence_reverse,ppo.gamma=1",
+    f"seed={2**32 - 1},sweep.betas=0,0.1",
+    "reward.kind=python,reward.function=a.b:c",
+    "model.kv_heads=1,model.unroll=1",
+  ],
+)
+def test_what_is_allowed_to_the_last(overrides):
+  validate.validate_fields(ppo.get_config(overrides))
+
+
+@pytest.mark.parametrize("seed", [1.5, True])
+def test_seed_of_another_type(seed):
+  """Bad input 13; a typed config lets neither through, one with types off."""
+  config = ppo.get_config()
+  with config.ignore_type():
+    config.seed = seed
+  assert "config.seed: " in refusal(validate.validate_fields, config)
+
+
+def test_a_pipeline_learns_the_built_in_language(tmp_path):
+  texts = tmp_path / "texts.jsonl"
+  texts.touch()
+  for field in ("data.path", "pipeline.sft.data.path"):
+    config = ppo.get_config(f"{field}={texts}")
+    message = refusal(validate.validate_fields, config)
+    assert message.startswith(f"config.{field}: ")
+    assert "built-in language" in message
+  config = quickstart.get_config(f"policy.path={tmp_path}")
+  message = refusal(validate.validate_fields, config)
+  assert_in_order(message, ["config.policy.path: ", "set stage='ppo'"])
+  # With a policy of one's own nothing is made first.
+  validate.validate_fields(
+    ppo.get_config(f"policy.path={tmp_path},data.path={texts}")
+  )
+
+
+def test_a_pipeline_has_its_stages():
+  config = quickstart.get_config()
+  with config.pipeline.unlocked():
+    config.pipeline.sfft = config.pipeline.sft
+    del config.pipeline["sft"]
+  message = refusal(validate.validate_fields, config)
+  assert_in_order(message, ["pipeline.sfft: ", "Did you mean 'sft'?"])
+  with config.pipeline.unlocked():
+    del config.pipeline["sfft"]
+  assert "configs/quickstart.py" in refusal(validate.validate_fields, config)
+
+
+def test_an_sft_stage_asks_nothing_of_the_rollout():
+  config = sft.get_config("model.max_length=64,train.batch_size=5")
+  config.rollout.response_length = 100
+  validate.validate_fields(config)
+  config = sft.get_config("data.sequence_length=129")
+  message = refusal(validate.validate_fields, config)
+  assert_in_order(message, ["data.sequence_length: 129", "128 positions"])
+  config = sft.get_config("sweep.betas=0.1")
+  assert "no penalty" in refusal(validate.validate_fields, config)
+
+
+@pytest.mark.parametrize(
+  "overrides, device_count",
+  [("", 1), ("", 8), ("mesh.fsdp=2,mesh.tensor=2", 8), ("mesh.tensor=4", 4)],
+)
+def test_meshes_that_fit(overrides, device_count):
+  config = ppo.get_config(overrides)
+  validate.validate_mesh(config, device_count=device_count)
+
+
+@pytest.mark.parametrize(
+  "overrides, device_count, fragments",
+  [
+    # Of the shapes over 4, each row is divided by 64 / 2, each head group by 4.
+    (
+      "mesh.data=3",
+      4,
+      [
+        "config.mesh: data×fsdp×tensor = 3×1×1; wanted a product of 4",
+        "4×1×1 or 2×2×1 or 1×4×1 or 2×1×2 or 1×2×2 or 1×1×4",
+      ],
+    ),
+    ("mesh.fsdp=3", 4, ["-1×3×1", "a product of 4 devices"]),
+    ("mesh.fsdp=16", 8, ["-1×16×1", "a product of 8 devices"]),
+    ("mesh.data=3", 5, ["a product of 5 devices", "none does here"]),
+    (
+      "ppo.microbatches=8",
+      8,
+      ["batch_size: 64", "4 rows", "mesh.fsdp = 8 × 1 = 8"],
+    ),
+    (
+      "pipeline.sft.train.batch_size=12",
+      8,
+      ["config.pipeline.sft.train.batch_size: 12", "= 8"],
+    ),
+  ],
+)
+def test_meshes_that_do_not(overrides, device_count, fragments):
+  """Bad inputs 5 and 6."""
+  config = ppo.get_config(overrides)
+  message = refusal(validate.validate_mesh, config, device_count=device_count)
+  assert_in_order(message, fragments)
+
+
+def test_validate_does_both():
+  with pytest.raises(errors.UserError, match=r"config\.seed"):
+    validate.validate(ppo.get_config("seed=-1"), device_count=1)
+  with pytest.raises(errors.UserError, match=r"config\.mesh"):
+    validate.validate(ppo.get_config("mesh.data=2"), device_count=1)
+
+
+@pytest.mark.parametrize(
+  "overrides, fragments",
+  [
+    ("rollout.response_length=500", ["512 positions", "prompt_length=16"]),
+    ("rollout.stop_ids=512", ["stop_ids: (512,)", "vocab_size=512"]),
+    ("mesh.tensor=8", ["mesh.tensor: 8", "kv_heads=4"]),
+    ("mesh.fsdp=3", ["mesh.fsdp: 3", "width=64"]),
+    ("model.unroll=2", ["model.unroll: 2", "layers=5"]),
+  ],
+)
+def test_a_loaded_model(overrides, fragments):
+  """Bad inputs 9 and 38, for a network that brings its own sizes."""
+  model = types.SimpleNamespace(
+    vocab_size=512,
+    width=64,
+    layers=5,
+    kv_heads=4,
+    mlp_width=172,
+    max_length=512,
+  )
+  validate.validate_model(ppo.get_config("stories"), model)
+  config = ppo.get_config(f"stories,{overrides}")
+  assert_in_order(refusal(validate.validate_model, config, model), fragments)
+
+
+def test_a_loaded_model_replaces_the_sizes_in_the_config(tmp_path):
+  config = ppo.get_config(f"stories,policy.path={tmp_path},model.kv_heads=3")
+  config.rollout.response_length = 10_000
+  validate.validate_fields(config)
+
+
+def test_suggest():
+  assert (
+    validate.suggest("beta ", ["beta", "gamma"]) == ". Did you mean 'beta'?"
+  )
+  assert validate.suggest("zzz", ["beta", "gamma"]) == ""
+
+
+def test_nan_passes_no_range():
+  """Bad input 3: every field with a fraction refuses NaN."""
+  config = ppo.get_config()
+  fields = [
+    (section, name)
+    for section in ("kl", "rollout", "ppo", "optimizer", "data", "model")
+    for name, value in config[section].items()
+    if isinstance(value, float)
+  ]
+  assert len(fields) > 15
+  for section, name in fields:
+    config = ppo.get_config()
+    config[section][name] = math.nan
+    message = refusal(validate.validate_fields, config)
+    assert f"config.{section}.{name}: nan" in message
