@@ -53,7 +53,6 @@ def define_flags(values: flags.FlagValues) -> None:
     "Show tracebacks and the libraries' logs.",
     flag_values=values,
   )
-  values.set_gnu_getopt(True)  # Flags go on after `--config.kl.beta 0.1`.
 
 
 define_flags(flags.FLAGS)

@@ -98,10 +98,12 @@ def drive(
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - began
         progress.update(index + 1, record(index, metrics, seconds))
-        last = index + 1 == run.steps or bool(stop)
-        if run.checkpoints.due(index + 1, last):
+        # Read once: a signal that comes later waits for the next step's save.
+        stopping = bool(stop)
+        last = index + 1 == run.steps
+        if run.checkpoints.due(index + 1, last or stopping):
           run.checkpoints.save(index + 1, state, run.metadata)
-        if stop and index + 1 < run.steps:
+        if stopping and not last:
           raise errors.Preempted(
             f"{run.name}: stopped by {stop[0]} after step {index + 1} of "
             f"{run.steps}; saved; --resume continues it"

@@ -225,8 +225,8 @@ def _shard_files(directory):
       f"{where}: weight_map: {weight_map!r}; file names by tensor are wanted"
     )
   names = sorted(set(map(str, weight_map.values())))
-  inside = [name for name in names if pathlib.PurePath(name).name == name]
-  paths = [directory / name for name in inside]
+  paths = [directory / name for name in names]
+  # A name with a directory in it is absent too: it might lead out of here.
   absent = sorted({*names} - {path.name for path in paths if path.is_file()})
   if absent:
     raise errors.UserError(

@@ -22,12 +22,14 @@ def token_logits(
   hidden: Float[Array, "*N D"], head: Float[Array, "V D"], *, temperature: float
 ) -> Float[Array, "*N V"]:
   """float32 logits at a temperature: h Eᵀ / temperature."""
+  rows = hidden.reshape(-1, hidden.shape[-1])
   logits = lax.dot_general(
-    hidden,
+    rows,
     head.astype(hidden.dtype),
-    (((hidden.ndim - 1,), (1,)), ((), ())),
+    (((1,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
+  logits = logits.reshape((*hidden.shape[:-1], head.shape[0]))
   return logits if temperature == 1.0 else logits / temperature
 
 
@@ -84,13 +86,15 @@ def sample(
 def _invert(masses, target):
   """First index whose cumulative mass exceeds the target, and what precedes.
 
-  Rounding can leave the target beyond the total; then it is the last index
-  that has any mass, so that a token of probability 0 is never drawn.
+  Rounding can leave the target outside the total, or between two equal sums.
+  So an index without mass never counts, and beyond the total it is the last
+  one that has any: a token of probability 0 is never drawn.
   """
   cumulative = jnp.cumsum(masses, axis=-1)
-  size = masses.shape[-1]
-  last = size - 1 - jnp.argmax(masses[:, ::-1] > 0, axis=-1)
-  index = jnp.minimum((cumulative <= target[:, None]).sum(-1), last)
+  has_mass = masses > 0
+  exceeds = has_mass & (cumulative > target[:, None])
+  last = masses.shape[-1] - 1 - jnp.argmax(has_mass[:, ::-1], axis=-1)
+  index = jnp.where(exceeds.any(-1), jnp.argmax(exceeds, axis=-1), last)
   reached = jnp.take_along_axis(cumulative, index[:, None], axis=-1)[:, 0]
   mass = jnp.take_along_axis(masses, index[:, None], axis=-1)[:, 0]
   return index, reached - mass

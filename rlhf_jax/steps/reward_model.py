@@ -82,5 +82,6 @@ def moments(raw: Float[Array, "N"]) -> dict[str, Float[Array, ""]]:
 
   Scores that do not differ are left unscaled: there is nothing to divide by.
   """
-  std = raw.std()
-  return {"mean": raw.mean(), "std": jnp.where(std > 0, std, 1.0)}
+  # Not std > 0: the rounded mean of equal numbers need not be that number.
+  differ = raw.max() > raw.min()
+  return {"mean": raw.mean(), "std": jnp.where(differ, raw.std(), 1.0)}

@@ -56,6 +56,7 @@ BAD_FIELDS = [
   # 5: what must divide what.
   ("train.batch_size=63", "batch_size: 63", "ppo.minibatches=2"),
   ("ppo.microbatches=3", "ppo.microbatches: 3", "train.batch_size=64 /"),
+  ("ppo.microbatches=64", "ppo.microbatches: 64", "a minibatch's rows"),
   # 7, 8: the penalty and PPO.
   ("kl.beta=-0.1", "config.kl.beta: -0.1; wanted finite and at least 0"),
   ("kl.beta=nan", "config.kl.beta: nan"),
@@ -145,7 +146,7 @@ def test_bad_fields(overrides, fragments):
   [
     "kl.beta=0,rollout.top_k=5,rollout.stop_ids=()",
     "rollout.response_length=120",
-    "ppo.gamma=0.0,kl.gradient=sequence_reverse,ppo.gamma=1",
+    "ppo.clip_epsilon=0.999,ppo.gae_lambda=0,rollout.top_p=1",
     f"seed={2**32 - 1},sweep.betas=0,0.1",
     "reward.kind=python,reward.function=a.b:c",
     "model.kv_heads=1,model.unroll=1",

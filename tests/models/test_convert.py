@@ -69,6 +69,10 @@ def random_params(config, reward_model=False):
   return jax.tree.map(draw, params)
 
 
+def on_device(params):
+  return jax.tree.map(jnp.asarray, params)
+
+
 def hidden(params, config, tokens):
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mask = jnp.tril(jnp.ones((*tokens.shape, tokens.shape[1]), bool))
@@ -79,6 +83,7 @@ def hidden(params, config, tokens):
 
 
 def logits(params, config, tokens):
+  params = on_device(params)
   return hidden(params, config, tokens) @ transformer.head(params).T
 
 
@@ -108,7 +113,7 @@ def test_stories_greedy_continuation_is_that_of_torch(stories):
   params, config = stories
   wanted = np.load(DATA / "stories260K_reference/greedy257.npz")["ids"]
   length = len(wanted)
-  params = jax.tree.map(jnp.asarray, params)
+  params = on_device(params)
 
   def step(carry, i):
     token, cache = carry
@@ -240,6 +245,7 @@ def test_torch_reward_model(variant, tmp_path):
   model = torch_model(variant, reward_model=True)
   model.save_pretrained(tmp_path / "theirs")
   params, config = load(tmp_path / "theirs")
+  params = on_device(params)
   tokens = np.random.default_rng(0).integers(1, 13, (2, 24))  # No padding.
   with torch.no_grad():
     wanted = model(torch.as_tensor(tokens)).logits[:, 0].numpy()
@@ -440,7 +446,10 @@ def test_absent_shard(saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd"])
 def test_shard_outside_the_directory(saved, tmp_path, name):
-  shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+  """Though there is such a file."""
+  (tmp_path / "model.safetensors").touch()
+  tmp_path = tmp_path / "model"
+  shutil.copytree(saved, tmp_path)
   index = tmp_path / "model.safetensors.index.json"
   content = json.loads(index.read_text())
   content["weight_map"]["model.norm.weight"] = name

@@ -1,0 +1,45 @@
+"""Eight CPU devices, checked shapes, and a compilation cache for all tests."""
+
+import os
+import pathlib
+
+# Before JAX starts its backend.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+# All modules whose functions carry shapes. Not `types`: tree.map, vmap and
+# scan rebuild pytree dataclasses with other ranks and with non-arrays.
+_CHECKED = [
+  "rlhf_jax.objective",
+  "rlhf_jax.models",
+  "rlhf_jax.steps",
+  "rlhf_jax.host",
+]
+install_import_hook(_CHECKED, "beartype.beartype")
+
+import jax
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+  del config
+  jax.config.update(
+    "jax_compilation_cache_dir", str(_ROOT / ".cache" / "jax")
+  )
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """Real weights and data that may lie beside the checkout."""
+  directory = _ROOT.parent / "shared" / "data"
+  if not directory.is_dir():
+    pytest.skip("../shared/data is not present: no real weights or data")
+  return directory
