@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
@@ -67,30 +68,52 @@ def load_policy(config: ConfigDict) -> Pretrained:
 
 def load(path: str, config: ConfigDict) -> Pretrained:
   """The model at `path`, run as `config.model` says (dtype, unroll, remat)."""
-  execution = {
-    "compute_dtype": config.model.compute_dtype,
-    "remat": config.model.remat,
-  }
   directory = pathlib.Path(path)
   if workdir_lib.is_workdir(directory):
-    if not (directory / "model").is_dir():
-      raise errors.UserError(
-        f"{directory}: this run has not finished: there is no model in it yet;"
-        " continue it with --resume"
-      )
-    params, metadata = checkpoint.load_params(directory / "model")
-    unroll = config.model.unroll or metadata["model"]["layers"]
-    model = _architecture(metadata["model"] | execution | {"unroll": unroll})
-    tokenizer = tokenizer_lib.load(directory / "tokenizer")
-    stop_ids = tuple(metadata["stop_ids"])
+    found = load_workdir(directory)
   else:
-    params, model = convert.load(
-      directory, unroll=config.model.unroll, **execution
+    found = _load_hugging_face(directory)
+  tokenizer_lib.check(found.tokenizer, found.model.vocab_size, found.where)
+  model = dataclasses.replace(
+    found.model,
+    compute_dtype=config.model.compute_dtype,
+    remat=config.model.remat,
+    unroll=config.model.unroll or found.model.layers,
+  )
+  return dataclasses.replace(found, model=model)
+
+
+def load_workdir(directory: pathlib.Path) -> Pretrained:
+  """The model that a finished stage left.
+
+  Raises:
+    UserError: The stage has not finished.
+  """
+  if not (directory / "model").is_dir():
+    raise errors.UserError(
+      f"{directory}: there is no model in it yet: the run has not finished "
+      "(--resume continues it), or its models are in sub-workdirs"
     )
-    params = params if "score_head" in params else {"transformer": params}
-    tokenizer = tokenizer_lib.load(directory)
-    stop_ids = tokenizer_lib.stop_ids(directory, tokenizer)
-  tokenizer_lib.check(tokenizer, model.vocab_size, str(directory))
+  params, metadata = checkpoint.load_params(directory / "model")
+  return Pretrained(
+    params,
+    _architecture(metadata["model"]),
+    tokenizer_lib.load(directory / "tokenizer"),
+    tuple(metadata["stop_ids"]),
+    str(directory),
+  )
+
+
+def _load_hugging_face(directory: pathlib.Path) -> Pretrained:
+  params, model = convert.load(
+    directory, unroll=0, remat=False, compute_dtype="float32"
+  )
+  tokenizer = tokenizer_lib.load(directory)
+  if "score_head" in params:  # One whose scores are what they are.
+    params["normalisation"] = {"mean": jnp.zeros(()), "std": jnp.ones(())}
+  else:
+    params = {"transformer": params}
+  stop_ids = tokenizer_lib.stop_ids(directory, tokenizer)
   return Pretrained(params, model, tokenizer, stop_ids, str(directory))
 
 

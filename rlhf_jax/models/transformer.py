@@ -182,35 +182,35 @@ class _Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rotary, mask, cache, index):
+  def __call__(self, x, rotary, bias, cache, index):
     config = self.config
     group = config.heads // config.kv_heads
     shape = (config.kv_heads, group + 2, config.head_size)
-    bias = config.attention_bias
-    qkv = _Dense(config, (config.width,), shape, bias, name="qkv")(x)
+    use_bias = config.attention_bias
+    qkv = _Dense(config, (config.width,), shape, use_bias, name="qkv")(x)
     # `split` throughout: its transpose is one concatenation, an index's a pad
     # and a sum.
     turning, values = lax.split(qkv, (group + 1, 1), axis=3)
     if config.positions == "rope":
       turning = _rotate(turning, rotary)  # The key turns with its queries.
     queries, keys = lax.split(turning, (group, 1), axis=3)
+    queries = (queries / math.sqrt(config.head_size)).transpose(0, 2, 3, 1, 4)
     keys, values = (a[:, :, :, 0].transpose(0, 2, 1, 3) for a in (keys, values))
     if cache is not None:
       write = lambda old, new: lax.dynamic_update_slice_in_dim(
         old, new.astype(old.dtype), index, axis=2
       )
       cache = write(cache[0], keys), write(cache[1], values)
-      keys, values = (a[:, :, : mask.shape[-1]] for a in cache)
+      keys, values = (a[:, :, : bias.shape[-1]] for a in cache)
     logits = jnp.einsum(
-      "btgnk,bgsk->bgnts", queries, keys, preferred_element_type=jnp.float32
-    ) / math.sqrt(config.head_size)
-    # A finite floor: a padding row attends to nothing, and must not make NaN.
-    logits = jnp.where(mask[:, None, None], logits, -1e30)
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    y = jnp.einsum("bgnts,bgsk->btgnk", weights, values)
+      "bgntk,bgsk->bgnts", queries, keys, preferred_element_type=jnp.float32
+    )
+    weights = jax.nn.softmax(logits + bias, axis=-1).astype(values.dtype)
+    y = jnp.einsum("bgnts,bgsk->bgntk", weights, values)
+    y = y.transpose(0, 3, 1, 2, 4)
     shape = (config.kv_heads, group, config.head_size)
     scale = 1 / math.sqrt(2 * config.layers)
-    out = _Dense(config, shape, (config.width,), bias, scale, name="out")
+    out = _Dense(config, shape, (config.width,), use_bias, scale, name="out")
     return out(y), cache
 
 
@@ -241,10 +241,10 @@ class _Block(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rotary, mask, cache, index):
+  def __call__(self, x, rotary, bias, cache, index):
     y = _Norm(self.config, name="attention_norm")(x)
     attention = _Attention(self.config, name="attention")
-    y, cache = attention(y, rotary, mask, cache, index)
+    y, cache = attention(y, rotary, bias, cache, index)
     x = x + y
     y = _Norm(self.config, name="mlp_norm")(x)
     return x + _Mlp(self.config, name="mlp")(y), cache
@@ -266,10 +266,10 @@ def init(
     embedding["positions"] = normal(position_key, shape)
   x = jnp.zeros((1, 1, config.width))
   rotary = _rotary(jnp.zeros((1, 1), jnp.int32), config)
-  mask = jnp.ones((1, 1, 1), bool)
+  bias = jnp.zeros((1, 1, 1, 1, 1))
 
   def init_layer(layer_key):
-    variables = _Block(config).init(layer_key, x, rotary, mask, None, None)
+    variables = _Block(config).init(layer_key, x, rotary, bias, None, None)
     return variables["params"]
 
   params = {
@@ -349,10 +349,13 @@ def apply(
   else:
     rotary = _rotary(positions, config)
 
+  # Finite: a padding row attends to nothing, and must not make NaN.
+  bias = jnp.where(mask, 0.0, -1e30)[:, None, None]
+
   def block(x, layer, layer_cache):
     x = shard_batch(x)
     variables = {"params": layer}
-    args = (x, rotary, mask, layer_cache, index)
+    args = (x, rotary, bias, layer_cache, index)
     return _Block(config).apply(variables, *args)
 
   if config.remat:

@@ -29,11 +29,11 @@ def by_definition(rewards, values, lengths, gamma, gae_lambda):
   """A_t = Σ_k (γλ)^k (r_{t+k} + γ V(s_{t+k+1}) − V(s_{t+k})), one by one."""
   result = np.zeros(rewards.shape)
   for row, length in enumerate(lengths):
-    value = lambda t: values[row, t] if t < length else 0.0  # noqa: B023
     for t in range(length):
-      for k in range(length - t):
-        i = t + k
-        delta = rewards[row, i] + gamma * value(i + 1) - value(i)
+      for i in range(t, length):
+        k = i - t
+        after = values[row, i + 1] if i + 1 < length else 0.0
+        delta = rewards[row, i] + gamma * after - values[row, i]
         result[row, t] += (gamma * gae_lambda) ** k * delta
   return result
 
@@ -69,16 +69,14 @@ def test_by_hand(length, wanted):
     np.array([[1.0, 2.0, 3.0]]), np.array([[4.0, 8.0, 2.0]]), mask, 0.5, 0.5
   )
   np.testing.assert_allclose(found[0], wanted, rtol=1e-6)
-  wanted_returns = (np.array(wanted) + [4.0, 8.0, 2.0]) * mask[0]
+  wanted_returns = np.add(wanted, [4.0, 8.0, 2.0]) * mask[0]
   np.testing.assert_allclose(returns[0], wanted_returns, rtol=1e-6)
 
 
 def test_lambda_one_is_return_minus_value():
   found, returns = estimate(REWARDS, VALUES, MASK, 1.0, 1.0)
   rewards_to_go = np.cumsum((REWARDS * MASK)[:, ::-1], axis=1)[:, ::-1]
-  np.testing.assert_allclose(
-    found, (rewards_to_go - VALUES) * MASK, atol=1e-5
-  )
+  np.testing.assert_allclose(found, (rewards_to_go - VALUES) * MASK, atol=1e-5)
   np.testing.assert_allclose(returns, rewards_to_go * MASK, atol=1e-5)
 
 

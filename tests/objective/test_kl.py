@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 
 
 def categoricals(scale):
-  """log p, log q of a random pair over five tokens, float64."""
+  """Log p, log q of a random pair over five tokens, float64."""
   logits = scale * np.random.default_rng(3).normal(size=(2, 5))
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 

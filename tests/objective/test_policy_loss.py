@@ -47,9 +47,9 @@ def test_the_clip_stops_only_what_would_go_further():
 
 def test_without_a_clip_the_gradient_is_importance_weighted():
   rng = np.random.default_rng(0)
-  new, old, advantages = rng.normal(size=(3, 64)).astype(np.float32)
+  new, old, advantages = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
   gradient = gradient_of(new, old, advantages, 1e9)
-  wanted = -np.exp(new.astype(np.float64) - old) * advantages
+  wanted = -np.exp(np.asarray(new, np.float64) - old) * advantages
   np.testing.assert_allclose(gradient, wanted, rtol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_value_loss_by_hand():
 
 def test_value_loss_without_a_clip_is_half_the_squared_error():
   rng = np.random.default_rng(2)
-  new, old, returns = rng.normal(size=(3, 32)).astype(np.float32)
+  new, old, returns = jnp.asarray(rng.normal(size=(3, 32)), jnp.float32)
   loss = lambda new: policy_loss.clipped_value_loss(
     new, old, returns, clip_epsilon=1e9
   ).sum()

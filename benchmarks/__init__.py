@@ -1,0 +1,1 @@
+"""Measurements; results with the hardware that made them lie in results/."""

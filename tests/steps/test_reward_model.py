@@ -1,0 +1,111 @@
+"""Reward modelling: the loss on pairs, a step, and the moments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import types
+from rlhf_jax.models import transformer
+from rlhf_jax.steps import reward_model, rewards
+
+V = 11
+MODEL = transformer.TransformerConfig(
+  vocab_size=V,
+  width=16,
+  layers=1,
+  heads=2,
+  kv_heads=2,
+  head_size=8,
+  mlp_width=32,
+  max_length=16,
+)
+CONFIG = reward_model.RewardModelConfig(MODEL)
+
+
+@pytest.fixture(scope="module")
+def params():
+  init = jax.jit(transformer.init, static_argnums=1)
+  network = init(jax.random.key(0), MODEL)
+  network["embedding"]["tokens"] *= 20
+  head = {"kernel": jnp.ones(16), "bias": jnp.float32(0.0)}
+  return {"transformer": network, "score_head": head}
+
+
+def make_sequences(responses, lengths) -> types.Sequences:
+  batch = len(lengths)
+  return types.Sequences(
+    prompt_tokens=jnp.tile(jnp.array([[0, 3]]), (batch, 1)),
+    prompt_lengths=jnp.ones(batch, jnp.int32),
+    response_tokens=jnp.array(responses),
+    response_lengths=jnp.array(lengths),
+  )
+
+
+PAIRS = types.PreferencePairs(
+  chosen=make_sequences([[1, 2, 5], [4, 7, 0], [6, 0, 0]], [3, 2, 1]),
+  rejected=make_sequences([[9, 0, 0], [8, 8, 8], [2, 3, 0]], [1, 3, 2]),
+)
+
+
+def test_loss_and_accuracy_by_hand(params, monkeypatch):
+  """Differences log 3, −log 3 and a tie."""
+  three = jnp.log(3.0)
+  scores = jnp.array([three, 0.0, 2.0, 0.0, three, 2.0])
+  monkeypatch.setattr(rewards, "raw_scores", lambda *_, **__: scores)
+  loss, scalars = reward_model.pair_metrics(params, PAIRS, CONFIG)
+  # −log σ: log 4/3, log 4, log 2; accuracy (1 + 0 + ½) / 3.
+  wanted = (np.log(4 / 3) + np.log(4) + np.log(2)) / 3
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  assert scalars["reward_model/loss"] == loss
+  np.testing.assert_allclose(scalars["reward_model/accuracy"], 0.5, rtol=1e-6)
+
+
+def test_pairs_are_scored_as_their_sequences_are(params):
+  """One batch of chosen then rejected, with unequal lengths."""
+  chosen, rejected = (
+    np.asarray(rewards.raw_scores(params, sequences, model=MODEL), np.float64)
+    for sequences in (PAIRS.chosen, PAIRS.rejected)
+  )
+  loss, scalars = reward_model.pair_metrics(params, PAIRS, CONFIG)
+  wanted = np.log1p(np.exp(rejected - chosen)).mean()
+  np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+  wanted = (chosen > rejected).mean()
+  np.testing.assert_allclose(
+    scalars["reward_model/accuracy"], wanted, rtol=1e-6
+  )
+  swapped = types.PreferencePairs(PAIRS.rejected, PAIRS.chosen)
+  _, scalars = reward_model.pair_metrics(params, swapped, CONFIG)
+  np.testing.assert_allclose(
+    scalars["reward_model/accuracy"], 1 - wanted, rtol=1e-6
+  )
+
+
+def test_a_step_descends(params):
+  optimizer = optax.sgd(0.01)
+  step = jax.jit(reward_model.make_step(CONFIG, optimizer))
+  state = types.TrainState(jnp.int32(0), params, optimizer.init(params), {})
+  losses = []
+  for _ in range(3):
+    state, scalars = step(state, PAIRS)
+    losses.append(float(scalars["reward_model/loss"]))
+  assert losses[0] > losses[1] > losses[2]
+  assert state.step == 3
+  assert scalars["reward_model/grad_norm"] > 0
+
+
+def test_moments_by_hand():
+  # 1, 3, 5, 7: mean 4, variance (9 + 1 + 1 + 9) / 4 = 5.
+  found = reward_model.moments(jnp.array([1.0, 3.0, 5.0, 7.0]))
+  assert found["mean"] == 4.0
+  np.testing.assert_allclose(found["std"], np.sqrt(5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_equal_scores_are_not_scaled(value, count):
+  """The mean of equal numbers is rounded: their deviation is not quite 0."""
+  found = reward_model.moments(jnp.full((count,), value))
+  assert found["std"] == 1.0
+  np.testing.assert_allclose(found["mean"], value, rtol=1e-5)

@@ -1,0 +1,177 @@
+"""What scores a response: a model, a function of arrays, a host function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import types
+from rlhf_jax.models import transformer
+from rlhf_jax.steps import rewards, sharding
+
+V, P, R, B = 11, 3, 4, 8
+MODEL = transformer.TransformerConfig(
+  vocab_size=V,
+  width=16,
+  layers=1,
+  heads=2,
+  kv_heads=2,
+  head_size=8,
+  mlp_width=32,
+  max_length=16,
+)
+PROMPT_LENGTHS = np.array([1, 2, 3, 3, 2, 1, 3, 2])
+RESPONSE_LENGTHS = np.array([0, 1, 4, 2, 3, 4, 1, 2])
+MASK = np.arange(R) < RESPONSE_LENGTHS[:, None]
+SCORES = np.array([0.7, -1.9, 0.25, 1e-3, -0.5, 3.3, 0.0, 2.5], np.float32)
+
+
+@pytest.fixture(scope="module")
+def reward_model():
+  params = jax.jit(transformer.init, static_argnums=1)(
+    jax.random.key(0), MODEL
+  )
+  params["embedding"]["tokens"] *= 20
+  kernel = jax.random.normal(jax.random.key(1), (16,))
+  return {
+    "transformer": params,
+    "score_head": {"kernel": kernel, "bias": jnp.float32(0.3)},
+    "normalisation": {"mean": jnp.float32(0.5), "std": jnp.float32(2.0)},
+  }
+
+
+def make_sequences(garbage=0) -> types.Sequences:
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(V, size=(B, P))
+  responses = rng.integers(V, size=(B, R))
+  real = np.arange(P) >= P - PROMPT_LENGTHS[:, None]
+  return jax.tree.map(
+    jnp.asarray,
+    types.Sequences(
+      prompt_tokens=np.where(real, prompts, garbage),
+      prompt_lengths=PROMPT_LENGTHS,
+      response_tokens=np.where(MASK, responses, garbage),
+      response_lengths=RESPONSE_LENGTHS,
+    ),
+  )
+
+
+RAW_SCORES = jax.jit(functools.partial(rewards.raw_scores, model=MODEL))
+
+
+def test_raw_scores_read_the_last_real_token(reward_model):
+  """Trap 15. Each row alone, unpadded; an empty one reads the prompt's end."""
+  sequences = make_sequences()
+  found = RAW_SCORES(reward_model, sequences)
+  for row in range(5):  # Lengths 0, 1, full, 2, 3.
+    prompt = sequences.prompt_tokens[row, P - PROMPT_LENGTHS[row] :]
+    response = sequences.response_tokens[row, : RESPONSE_LENGTHS[row]]
+    text = jnp.concatenate([prompt, response])[None]
+    size = text.shape[1]
+    hidden, _ = transformer.apply(
+      reward_model["transformer"],
+      text,
+      config=MODEL,
+      positions=jnp.arange(size)[None],
+      mask=jnp.tril(jnp.ones((1, size, size), bool)),
+    )
+    last = np.asarray(hidden[0, -1], np.float64)
+    wanted = last @ np.asarray(reward_model["score_head"]["kernel"]) + 0.3
+    np.testing.assert_allclose(found[row], wanted, atol=1e-5)
+
+
+def test_what_stands_under_padding_changes_no_bit(reward_model):
+  """Trap 8: before the prompt and after the response, gradients included."""
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def total(params, sequences):
+    raw = rewards.raw_scores(params, sequences, model=MODEL)
+    return jnp.sin(raw).sum(), raw
+
+  one = total(reward_model, make_sequences(garbage=0))
+  other = total(reward_model, make_sequences(garbage=7))
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_models_score_is_normalised_by_its_own_moments(reward_model):
+  sequences = make_sequences()
+  score = jax.jit(rewards.from_model(MODEL))
+  found = score(reward_model, sequences, jnp.int32(0))
+  # (raw − 0.5) / 2
+  wanted = (RAW_SCORES(reward_model, sequences) - 0.5) / 2
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_a_function_sees_all_tokens_and_the_responses_mask():
+  """Trap 3: whole numbers out of it become floats, and not the reverse."""
+  seen = {}
+
+  def count(tokens, mask):
+    seen["tokens"], seen["mask"] = tokens, mask
+    return mask.sum(1)
+
+  sequences = make_sequences()
+  found = rewards.from_function(count)({}, sequences, jnp.int32(0))
+  np.testing.assert_array_equal(found, RESPONSE_LENGTHS)
+  assert found.dtype == jnp.float32
+  np.testing.assert_array_equal(seen["tokens"], sequences.tokens)
+  assert not seen["mask"][:, :P].any()
+  np.testing.assert_array_equal(seen["mask"][:, P:], MASK)
+
+  fractions = rewards.from_function(lambda tokens, mask: jnp.asarray(SCORES))
+  found = fractions({}, sequences, jnp.int32(0))
+  np.testing.assert_array_equal(found, SCORES)
+
+
+class Host:
+  """A host function that remembers its arguments and returns the scores."""
+
+  def __init__(self):
+    self.calls: list[tuple[types.Sequences, int]] = []
+
+  def __call__(self, sequences: types.Sequences, step: int) -> np.ndarray:
+    self.calls.append((sequences, step))
+    return SCORES + np.float32(step)
+
+
+def test_a_host_function_is_called_from_the_compiled_step():
+  """Trap 3: fractional scores arrive to the last bit."""
+  host = Host()
+  score = jax.jit(rewards.from_host(host))
+  sequences = make_sequences()
+  np.testing.assert_array_equal(score({}, sequences, jnp.int32(0)), SCORES)
+  np.testing.assert_array_equal(score({}, sequences, jnp.int32(2)), SCORES + 2)
+  seen, step = host.calls[-1]
+  assert type(step) is int and step == 2
+  assert all(type(x) is np.ndarray for x in jax.tree.leaves(seen))
+  jax.tree.map(np.testing.assert_array_equal, seen, sequences)
+
+
+def test_a_host_function_sees_one_member_at_a_time():
+  host = Host()
+  sequences = make_sequences()
+  stacked = jax.tree.map(lambda x: jnp.stack([x, x + 1, x]), sequences)
+  score = jax.vmap(rewards.from_host(host), in_axes=(None, 0, None))
+  found = jax.jit(score)({}, stacked, jnp.int32(0))
+  np.testing.assert_array_equal(found, np.tile(SCORES, (3, 1)))
+  assert len(host.calls) == 3
+  lengths = [seen.response_lengths.tolist() for seen, _ in host.calls]
+  wanted = np.asarray(stacked.response_lengths).tolist()
+  assert sorted(lengths) == sorted(wanted)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_a_host_function_on_a_mesh_sees_the_whole_batch_in_order(shape):
+  """Trap 26: one call with all rows, whichever device holds them."""
+  host = Host()
+  mesh = sharding.make_mesh(*shape)
+  sequences = make_sequences()
+  with jax.set_mesh(mesh):
+    placed = sharding.place_batch(sequences, mesh)
+    found = jax.jit(rewards.from_host(host))({}, placed, jnp.int32(0))
+    np.testing.assert_array_equal(found, SCORES)
+  assert len(host.calls) == 1
+  jax.tree.map(np.testing.assert_array_equal, host.calls[0][0], sequences)
