@@ -42,10 +42,11 @@ def stories() -> ConfigDict:
   config = defaults.get_config()
   config.reward.kind = "python"
   config.reward.function = "rlhf_jax.host.text_rewards:happy_words"
-  config.rollout.prompt_length = 16
+  config.kl.beta = 0.2  # happy words per nat
+  config.rollout.prompt_length = 32
   config.rollout.response_length = 64
   config.rollout.stop_ids = (1, 2)  # It ends a story with 1, its BOS.
-  config.train.steps = 100
+  config.train.steps = 150
   config.train.batch_size = 32
   config.optimizer.learning_rate = 1e-4
   return config

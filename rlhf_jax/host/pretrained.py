@@ -69,7 +69,10 @@ def load_policy(config: ConfigDict) -> Pretrained:
 def load(path: str, config: ConfigDict) -> Pretrained:
   """The model at `path`, run as `config.model` says (dtype, unroll, remat)."""
   directory = pathlib.Path(path)
-  if workdir_lib.is_workdir(directory):
+  # Both kinds of directory have a config.json.
+  if workdir_lib.is_workdir(directory) and (
+    "stage" in workdir_lib.read_config(directory)
+  ):
     found = load_workdir(directory)
   else:
     found = _load_hugging_face(directory)

@@ -352,6 +352,9 @@ def _ledger(rollout, comparison, log_ratio, clamped, mask):
     "kl/clamp_fraction": masking.masked_mean(clamped * 1.0, mask),
     "ppo/entropy": masking.masked_mean(comparison.entropy, mask),
     "rollout/response_tokens": lengths.mean(),
+    "rollout/reference_nll": -masking.masked_mean(
+      comparison.reference_logprobs, mask
+    ),
     "rollout/truncated_fraction": rollout.truncated.mean(),
     "rollout/logprob_max_abs_diff": jnp.where(mask, difference, 0.0).max(),
   }

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def make_problem() -> Problem:
   rng = np.random.default_rng(0)
-  states = {(): 0}
+  states: dict[tuple[int, ...], int] = {(): 0}
   sequences = []
   for length in range(1, R + 1):
     words = range(1, V)

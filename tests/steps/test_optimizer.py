@@ -67,19 +67,17 @@ def test_weights_decay_and_norms_and_biases_do_not():
     mlp_bias=True,
     tie_embeddings=False,
   )
-  params = {
-    "transformer": jax.eval_shape(
-      lambda: transformer.init(jax.random.key(0), model)
-    ),
+  init = lambda: {
+    "transformer": transformer.init(jax.random.key(0), model),
     "value_head": transformer.init_scalar_head(8, use_bias=True),
   }
-  params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+  params = jax.tree.map(lambda x: np.ones(x.shape), jax.eval_shape(init))
   config = optimizer.OptimizerConfig(
     learning_rate=0.1, updates=1, weight_decay=0.5
   )
   made = optimizer.make(config)
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = made.update(zeros, made.init(params), params)
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = jax.jit(made.update)(zeros, jax.jit(made.init)(params), params)
   moved = {
     jax.tree_util.keystr(path, simple=True, separator="/"): update
     for path, update in jax.tree_util.tree_leaves_with_path(updates)

@@ -1,5 +1,7 @@
 """Reward modelling: the loss on pairs, a step, and the moments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,11 +66,13 @@ def test_loss_and_accuracy_by_hand(params, monkeypatch):
 
 def test_pairs_are_scored_as_their_sequences_are(params):
   """One batch of chosen then rejected, with unequal lengths."""
+  raw_scores = jax.jit(functools.partial(rewards.raw_scores, model=MODEL))
   chosen, rejected = (
-    np.asarray(rewards.raw_scores(params, sequences, model=MODEL), np.float64)
+    np.asarray(raw_scores(params, sequences), np.float64)
     for sequences in (PAIRS.chosen, PAIRS.rejected)
   )
-  loss, scalars = reward_model.pair_metrics(params, PAIRS, CONFIG)
+  pair_metrics = jax.jit(reward_model.pair_metrics, static_argnums=2)
+  loss, scalars = pair_metrics(params, PAIRS, CONFIG)
   wanted = np.log1p(np.exp(rejected - chosen)).mean()
   np.testing.assert_allclose(loss, wanted, rtol=1e-5)
   wanted = (chosen > rejected).mean()
@@ -76,7 +80,7 @@ def test_pairs_are_scored_as_their_sequences_are(params):
     scalars["reward_model/accuracy"], wanted, rtol=1e-6
   )
   swapped = types.PreferencePairs(PAIRS.rejected, PAIRS.chosen)
-  _, scalars = reward_model.pair_metrics(params, swapped, CONFIG)
+  _, scalars = pair_metrics(params, swapped, CONFIG)
   np.testing.assert_allclose(
     scalars["reward_model/accuracy"], 1 - wanted, rtol=1e-6
   )

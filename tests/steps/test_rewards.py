@@ -30,9 +30,7 @@ SCORES = np.array([0.7, -1.9, 0.25, 1e-3, -0.5, 3.3, 0.0, 2.5], np.float32)
 
 @pytest.fixture(scope="module")
 def reward_model():
-  params = jax.jit(transformer.init, static_argnums=1)(
-    jax.random.key(0), MODEL
-  )
+  params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), MODEL)
   params["embedding"]["tokens"] *= 20
   kernel = jax.random.normal(jax.random.key(1), (16,))
   return {
@@ -65,15 +63,15 @@ def test_raw_scores_read_the_last_real_token(reward_model):
   """Trap 15. Each row alone, unpadded; an empty one reads the prompt's end."""
   sequences = make_sequences()
   found = RAW_SCORES(reward_model, sequences)
+  apply = jax.jit(functools.partial(transformer.apply, config=MODEL))
   for row in range(5):  # Lengths 0, 1, full, 2, 3.
     prompt = sequences.prompt_tokens[row, P - PROMPT_LENGTHS[row] :]
     response = sequences.response_tokens[row, : RESPONSE_LENGTHS[row]]
     text = jnp.concatenate([prompt, response])[None]
     size = text.shape[1]
-    hidden, _ = transformer.apply(
+    hidden, _ = apply(
       reward_model["transformer"],
       text,
-      config=MODEL,
       positions=jnp.arange(size)[None],
       mask=jnp.tril(jnp.ones((1, size, size), bool)),
     )

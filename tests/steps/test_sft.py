@@ -55,6 +55,7 @@ def pack(rows, pad=0) -> types.PackedTexts:
   return jax.tree.map(jnp.asarray, packed)
 
 
+APPLY = jax.jit(functools.partial(transformer.apply, config=MODEL))
 LOSS = jax.jit(
   jax.value_and_grad(sft.negative_log_likelihood), static_argnums=2
 )
@@ -63,10 +64,9 @@ LOSS = jax.jit(
 def nll_sum(params, text, prompt):
   """−Σ log softmax(logits) of the tokens after the prompt, float64."""
   size = len(text)
-  hidden, _ = transformer.apply(
+  hidden, _ = APPLY(
     params["transformer"],
     jnp.array([text]),
-    config=MODEL,
     positions=jnp.arange(size)[None],
     mask=jnp.tril(jnp.ones((1, size, size), bool)),
   )

@@ -1,0 +1,187 @@
+"""The house holds: who imports whom, what is banned, which traps are kept."""
+
+import ast
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CODE = ("rlhf_jax", "launch", "configs")
+GROUND = ("rlhf_jax.types", "rlhf_jax.errors")
+LEARNING = ("rlhf_jax.objective", "rlhf_jax.models")
+COMPILED = {"jax", "jaxtyping", "numpy", "optax"}
+
+# Room → the other rooms that it may import, and the packages (None: any).
+ROOMS = {
+  "rlhf_jax.types": ((), {"jax", "jaxtyping"}),
+  "rlhf_jax.errors": ((), set()),
+  "rlhf_jax.objective": (GROUND, {"jax", "jaxtyping", "optax"}),
+  "rlhf_jax.models": (GROUND, None),
+  "rlhf_jax.steps": ((*GROUND, *LEARNING), COMPILED),
+  "rlhf_jax.host": ((*GROUND, *LEARNING, "rlhf_jax.steps"), None),
+  "rlhf_jax.studies": (
+    (*GROUND, *LEARNING, "rlhf_jax.steps", "rlhf_jax.host"),
+    None,
+  ),
+  "launch": (("rlhf_jax", "configs"), None),
+  "configs": ((), {"ml_collections"}),
+}
+# Package → the one module that may import it.
+OWNERS = {
+  "flax": "rlhf_jax.models.transformer",
+  "orbax": "rlhf_jax.host.checkpoint",
+}
+BANNED = {"pickle", "cloudpickle", "dill", "allow_pickle", "PRNGKey", "pmap"}
+
+# Rows of the table of traps, and those of which there is nothing to test yet:
+# importance sampling per sequence, adaptive controllers of β, adapters.
+TRAPS = set(range(1, 31))
+NOT_BUILT = {2, 13, 14}
+
+
+def modules():
+  """Dotted name and source of every file of the package and its mains."""
+  for folder in CODE:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+      name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+      yield name.removesuffix(".__init__"), path.read_text()
+
+
+def within(name, room):
+  return name == room or name.startswith(room + ".")
+
+
+def imports(source):
+  """Full names: `from a import b` is a.b; relative ones begin with a dot."""
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      origin = "." * node.level + (node.module or "")
+      yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def import_faults(module, source):
+  """What `module` imports and must not."""
+  (room,) = [r for r in ROOMS if within(module, r)]
+  rooms, packages = ROOMS[room]
+  for name in imports(source):
+    package = name.split(".")[0]
+    if package in CODE:
+      if not any(within(name, r) for r in (room, *rooms)):
+        yield f"{module} imports {name}"
+    elif package in OWNERS:
+      if module != OWNERS[package]:
+        yield f"{module} imports {name}"
+    elif package not in sys.stdlib_module_names and not (
+      packages is None or package in packages
+    ):
+      yield f"{module} imports {name}"
+
+
+def banned_words(source):
+  """Old ways and pickles, as names, attributes, imports or arguments."""
+  words = {part for name in imports(source) for part in name.split(".")}
+  for node in ast.walk(ast.parse(source)):
+    for field in ("id", "attr", "arg"):
+      words |= {value for name, value in ast.iter_fields(node) if name == field}
+  return sorted(BANNED & words)
+
+
+def test_every_module_is_in_a_room():
+  names = [name for name, _ in modules() if name != "rlhf_jax"]
+  assert len(names) > 20
+  for name in names:
+    assert sum(within(name, room) for room in ROOMS) == 1, name
+
+
+def test_modules_import_from_floors_below():
+  faults = [
+    fault
+    for name, source in modules()
+    if name != "rlhf_jax"
+    for fault in import_faults(name, source)
+  ]
+  assert not faults
+
+
+@pytest.mark.parametrize(
+  "module, source",
+  [
+    ("rlhf_jax.objective.kl", "from rlhf_jax.models import transformer"),
+    ("rlhf_jax.models.lora", "import rlhf_jax.objective.kl as kl"),
+    ("rlhf_jax.models.lora", "from flax import linen"),
+    ("rlhf_jax.objective.kl", "def f():\n  from rlhf_jax import steps"),
+    ("rlhf_jax.objective.kl", "import numpy"),
+    ("rlhf_jax.steps.ppo", "from rlhf_jax.host.data import pack"),
+    ("rlhf_jax.steps.ppo", "import rich"),
+    ("rlhf_jax.steps.ppo", "from . import sft"),
+    ("rlhf_jax.host.data", "import configs"),
+    ("rlhf_jax.host.data", "from orbax.checkpoint import v1"),
+    ("rlhf_jax.types", "from rlhf_jax import errors"),
+    ("configs.ppo", "import jax"),
+    ("configs.ppo", "from rlhf_jax import types"),
+  ],
+)
+def test_the_check_sees_faults(module, source):
+  assert len(list(import_faults(module, source))) == 1
+
+
+def test_what_is_allowed_passes():
+  for module, source in [
+    ("rlhf_jax.objective.kl", "from rlhf_jax.objective import masking"),
+    ("rlhf_jax.models.transformer", "from flax import linen as nn"),
+    ("rlhf_jax.host.checkpoint", "from orbax.checkpoint import v1"),
+    ("launch.train", "from configs import defaults\nfrom rlhf_jax import host"),
+    ("configs.ppo", "import re\nfrom configs import defaults"),
+  ]:
+    assert not list(import_faults(module, source))
+
+
+def test_old_ways_are_gone():
+  for name, source in modules():
+    assert not banned_words(source), name
+    assert "__future__.annotations" not in imports(source), name
+
+
+def test_banned_words_are_seen():
+  for source in (
+    "import pickle",
+    "key = jax.random.PRNGKey(0)",
+    "from jax import pmap",
+    "numpy.load(path, allow_pickle=True)",
+  ):
+    assert len(banned_words(source)) == 1
+  assert not banned_words("def f(key: PRNGKeyArray): 'pickle'")
+
+
+def test_no_file_is_named_for_nothing():
+  for folder in (*CODE, "tests"):
+    for path in (ROOT / folder).rglob("*.py"):
+      assert path.stem not in ("utils", "common", "helpers"), path
+
+
+def traps_of(source):
+  """Numbers that the docstrings of a file's tests claim."""
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+      text = " ".join((ast.get_docstring(node) or "").split())
+      for numbers in re.findall(r"[Tt]raps? (\d+(?:(?:, | and )\d+)*)", text):
+        yield from map(int, re.findall(r"\d+", numbers))
+
+
+def test_traps_are_kept():
+  found = {
+    number
+    for path in (ROOT / "tests").rglob("*.py")
+    for number in traps_of(path.read_text())
+  }
+  assert found <= TRAPS
+  assert TRAPS - found <= NOT_BUILT
+
+
+def test_trap_numbers_are_read():
+  source = 'def test_a():\n  """Traps 5, 7 and 9; also trap 16: 3 things."""'
+  assert list(traps_of(source)) == [5, 7, 9, 16]
