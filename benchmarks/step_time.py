@@ -16,6 +16,7 @@ import json
 import resource
 import statistics
 import time
+from typing import Any
 
 from absl import app, flags
 import jax
@@ -136,7 +137,7 @@ def main(argv) -> None:
   floor = floor_flops(workload)
   floor_s = sum(floor.values()) / (_GFLOPS.value * 1e9)
   median = statistics.median(seconds)
-  memory = compiled.memory_analysis()
+  memory: Any = compiled.memory_analysis()
   result = {
     "workload": workload,
     "device": jax.devices()[0].device_kind,

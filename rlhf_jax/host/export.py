@@ -1,6 +1,7 @@
 """From a workdir to a Hugging Face directory that `transformers` loads."""
 
 import pathlib
+from typing import Any
 
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.models import convert
@@ -25,15 +26,16 @@ def run(workdir: str, output: str) -> str:
     kernel = found.params["score_head"]["kernel"]
     kernel = kernel / found.params["normalisation"]["std"]
     params = {"transformer": params, "score_head": {"kernel": kernel}}
+  tokenizer: Any = found.tokenizer  # Its ids may be typed as texts.
   convert.save(
     output,
     params,
     found.model,
     stop_ids=found.stop_ids,
-    pad_id=found.tokenizer.pad_token_id,
-    bos_id=found.tokenizer.bos_token_id,
+    pad_id=tokenizer.pad_token_id,
+    bos_id=tokenizer.bos_token_id,
   )
-  found.tokenizer.save_pretrained(output)
+  tokenizer.save_pretrained(output)
   return (
     f"{output}: the {kind} of {workdir}; "
     f"transformers.{reader}.from_pretrained({output!r}) loads it"

@@ -20,8 +20,8 @@ from rich import console as rich_console
 
 from rlhf_jax import errors, types
 from rlhf_jax.host import (
+  batches,
   checkpoint,
-  data,
   loop,
   readers,
   sampling,
@@ -111,7 +111,7 @@ def run(
     state = start(betas[0])
 
   def arguments(index):
-    batch = data.batch_at(
+    batch = batches.batch_at(
       prompts,
       seed=config.seed,
       step=index,

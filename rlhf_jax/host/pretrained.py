@@ -42,7 +42,8 @@ class Pretrained:
   @property
   def pad_id(self) -> int:
     """The tokenizer's pad, or 0: masks come from lengths and not from it."""
-    return self.tokenizer.pad_token_id or 0
+    pad_id: Any = self.tokenizer.pad_token_id
+    return pad_id or 0
 
 
 def load_policy(config: ConfigDict) -> Pretrained:

@@ -7,6 +7,7 @@ which is to be the reference.
 """
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich import console as rich_console
 
 from rlhf_jax import types
 from rlhf_jax.host import (
+  batches,
   checkpoint,
   data,
   loop,
@@ -47,7 +49,7 @@ def run(
   began = time.monotonic()
   policy = pretrained_lib.load_policy(config)
   pairs, heldout_prompts = _pairs(config, policy, console)
-  train, heldout = data.split_heldout(
+  train, heldout = batches.split_heldout(
     pairs, config.data.heldout_fraction, config.seed
   )
   mesh = settings.mesh(config)
@@ -60,9 +62,11 @@ def run(
   state = types.TrainState(jnp.int32(0), params, optimizer.init(params), ())
   size = config.train.batch_size
 
-  def batch(index):
-    rows = data.batch_at(train, seed=config.seed, step=index, batch_size=size)
-    return sharding.place_batch(rows, mesh)
+  def arguments(index):
+    rows = batches.batch_at(
+      train, seed=config.seed, step=index, batch_size=size
+    )
+    return (sharding.place_batch(rows, mesh),)
 
   def record(index, metrics, seconds):
     loop.check_finite("reward_model", index, metrics)
@@ -82,33 +86,37 @@ def run(
     ),
     state,
     reward_model.make_step(step_config, optimizer),
-    arguments=lambda index: (batch(index),),
+    arguments=arguments,
     rewind=workdir.rewind,
     record=record,
     console=console,
   )
   metrics = workdir.mean_of_last()
-  if len(jax.tree.leaves(heldout)[0]):
-    with jax.set_mesh(mesh):
-      evaluate = jax.jit(reward_model.pair_metrics, static_argnums=2)
-      _, scalars = evaluate(state.params, heldout, step_config)
-    for name, value in scalars.items():
-      metrics[name.replace("/", "/heldout_")] = float(value)
+  evaluate = jax.jit(reward_model.pair_scores, static_argnums=2)
+  scores = batches.map_rows(
+    lambda batch, _: evaluate(state.params, batch, step_config),
+    heldout,
+    mesh=mesh,
+    batch_size=size,
+  )
+  for name, value in reward_model.pair_metrics(*map(jnp.array, scores)).items():
+    metrics[name.replace("/", "/heldout_")] = float(value)
+  trained = dataclasses.replace(
+    policy, params=state.params, where=str(workdir.path)
+  )
   samples = sampling.sample(
     policy, heldout_prompts, config, seed=config.seed + 1
   )
-  score = jax.jit(rewards.raw_scores, static_argnames="model")
-  with jax.set_mesh(mesh):
-    raw = score(state.params, samples, model=policy.model)
-  moments = reward_model.moments(raw)
+  raw = functools.partial(rewards.raw_scores, model=policy.model)
+  moments = reward_model.moments(
+    jnp.array(sampling.score(trained, samples, config, function=raw))
+  )
   metrics["reward_model/raw_mean"] = float(moments["mean"])
   metrics["reward_model/raw_std"] = float(moments["std"])
-  model = dataclasses.replace(
-    policy,
-    params=state.params | {"normalisation": moments},
-    where=str(workdir.path),
+  trained = dataclasses.replace(
+    trained, params=state.params | {"normalisation": moments}
   )
-  pretrained_lib.save(workdir, model)
+  pretrained_lib.save(workdir, trained)
   summary = {
     "stage": "reward_model",
     "seed": config.seed,
@@ -151,10 +159,10 @@ def _pairs(config, policy, console):
   prompts = types.Prompts(
     pairs.chosen.prompt_tokens, pairs.chosen.prompt_lengths
   )
-  _, heldout = data.split_heldout(
+  _, heldout = batches.split_heldout(
     prompts, config.data.heldout_fraction, config.seed
   )
-  return pairs, heldout if len(heldout.lengths) else prompts
+  return pairs, heldout
 
 
 def _sampled_pairs(config, policy):

@@ -1,6 +1,6 @@
 """Texts in, responses out: a frozen policy on many prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.host import data, settings
+from rlhf_jax.host import batches, data, settings
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import tokenizer as tokenizer_lib
 from rlhf_jax.steps import rollout, sharding
@@ -44,11 +44,7 @@ def sample(
   *,
   seed: int,
 ) -> types.Sequences:
-  """One response to each prompt, as numpy arrays.
-
-  Prompts go through in batches of `config.train.batch_size`; the last is
-  filled up with the first prompts.
-  """
+  """One response to each prompt, as numpy arrays."""
   mesh = settings.mesh(config)
   rollout_config = settings.rollout_config(config, pretrained)
   params = pretrained.params["transformer"]
@@ -58,13 +54,32 @@ def sample(
       rollout.rollout, model=pretrained.model, config=rollout_config
     )
   )
-  count, size = len(prompts.lengths), config.train.batch_size
-  batches: list[Any] = []
-  with jax.set_mesh(mesh):
-    for index, begin in enumerate(range(0, count, size)):
-      rows = np.arange(begin, begin + size) % count
-      batch = jax.tree.map(lambda x, rows=rows: x[rows], prompts)
-      batch = sharding.place_batch(batch, mesh)
-      key = jax.random.fold_in(jax.random.key(seed), index)
-      batches.append(jax.device_get(draw(params, batch, key).sequences))
-  return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *batches)
+  key = jax.random.key(seed)
+  return batches.map_rows(
+    lambda batch, index: (
+      draw(params, batch, jax.random.fold_in(key, index)).sequences
+    ),
+    prompts,
+    mesh=mesh,
+    batch_size=config.train.batch_size,
+  )
+
+
+def score(
+  pretrained: pretrained_lib.Pretrained,
+  sequences: types.Sequences,
+  config: ConfigDict,
+  *,
+  function: Callable[..., Any],
+) -> np.ndarray:
+  """`function(params, sequences)` of a reward model, one score a row."""
+  mesh = settings.mesh(config)
+  params = pretrained.params
+  params = jax.device_put(params, sharding.shardings(params, mesh))
+  compiled = jax.jit(function)
+  return batches.map_rows(
+    lambda batch, _: compiled(params, batch),
+    sequences,
+    mesh=mesh,
+    batch_size=config.train.batch_size,
+  )

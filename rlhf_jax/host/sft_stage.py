@@ -11,6 +11,7 @@ from rich import console as rich_console
 
 from rlhf_jax import types
 from rlhf_jax.host import (
+  batches,
   checkpoint,
   data,
   loop,
@@ -45,9 +46,11 @@ def run(
   state = types.TrainState(jnp.int32(0), params, optimizer.init(params), ())
   size = config.train.batch_size
 
-  def batch(rows, index):
-    rows = data.batch_at(rows, seed=config.seed, step=index, batch_size=size)
-    return sharding.place_batch(rows, mesh)
+  def arguments(index):
+    rows = batches.batch_at(
+      train, seed=config.seed, step=index, batch_size=size
+    )
+    return (sharding.place_batch(rows, mesh),)
 
   def record(index, metrics, seconds):
     loop.check_finite("sft", index, metrics)
@@ -66,7 +69,7 @@ def run(
     ),
     state,
     sft.make_step(step_config, optimizer),
-    arguments=lambda index: (batch(train, index),),
+    arguments=arguments,
     rewind=workdir.rewind,
     record=record,
     console=console,
@@ -76,11 +79,14 @@ def run(
   )
   pretrained_lib.save(workdir, policy)
   metrics = workdir.mean_of_last()
-  if heldout is not None:
-    with jax.set_mesh(mesh):
-      loss = jax.jit(sft.negative_log_likelihood, static_argnums=2)
-      loss = loss(state.params, heldout, step_config)
-    metrics["sft/heldout_loss"] = float(loss)
+  evaluate = jax.jit(sft.row_logprobs, static_argnums=2)
+  sums, counts = batches.map_rows(
+    lambda batch, _: evaluate(state.params, batch, step_config),
+    heldout,
+    mesh=mesh,
+    batch_size=size,
+  )
+  metrics["sft/heldout_loss"] = float(-sums.sum() / counts.sum())
   if not config.data.path:
     metrics |= _gold(policy, config)
   summary = {
@@ -95,7 +101,7 @@ def run(
 
 
 def _texts(config, start, console):
-  """Packed rows to train on, and held-out rows (None where the fraction is 0)."""
+  """Packed rows to train on, and held-out rows."""
   if path := config.data.path:
     texts, counts = readers.read_texts(path)
     encode = lambda text: tokenizer_lib.encode_pair(start.tokenizer, *text)
@@ -103,12 +109,11 @@ def _texts(config, start, console):
     console.print(f"sft: {path}: {counts}", markup=False, highlight=False)
   else:
     texts = toy_language.sample_texts(config.seed, config.data.size)
-  sides = data.split_heldout(texts, config.data.heldout_fraction, config.seed)
+  sides = batches.split_heldout(
+    texts, config.data.heldout_fraction, config.seed
+  )
   packed = []
   for side in sides:
-    if not side:
-      packed.append(None)
-      continue
     rows, cut = data.pack(
       side,
       sequence_length=config.data.sequence_length,

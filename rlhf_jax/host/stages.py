@@ -9,11 +9,17 @@ import pathlib
 import time
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
-from rlhf_jax.host import figures, ppo_stage, reward_model_stage, sft_stage
+from rlhf_jax.host import (
+  figures,
+  ppo_stage,
+  reward_model_stage,
+  sampling,
+  sft_stage,
+)
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.steps import rewards
@@ -115,8 +121,15 @@ def _score_start(config) -> None:
   policy = pretrained_lib.load_policy(config)
   model = pretrained_lib.load(config.reward.path, config)
   responses = sft_stage.own_responses(policy, config)
-  score = jax.jit(rewards.from_model(model.model))
-  scores = score(model.params, responses, 0)
+  normalised = rewards.from_model(model.model)
+  scores = sampling.score(
+    model,
+    responses,
+    config,
+    function=lambda params, sequences: normalised(
+      params, sequences, jnp.int32(0)
+    ),
+  )
   summary["metrics"]["reward/score"] = float(scores.mean())
   path = config.policy.path
   with workdir_lib.Workdir.open(

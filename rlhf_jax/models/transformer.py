@@ -33,7 +33,7 @@ collections (the KV cache is an argument and a result) and partitioning boxes
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -291,7 +291,7 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
       jnp.zeros(shape, _dtype(config)) for _ in range(config.layers)
     )
   else:
-    layer = lambda: jnp.zeros((config.layers,) + shape, _dtype(config))
+    layer = lambda: jnp.zeros((config.layers, *shape), _dtype(config))
   return Cache(layer(), layer())
 
 
@@ -352,7 +352,7 @@ def apply(
   # Finite: a padding row attends to nothing, and must not make NaN.
   bias = jnp.where(mask, 0.0, -1e30)[:, None, None]
 
-  def block(x, layer, layer_cache):
+  def block(x, layer, layer_cache) -> Any:
     x = shard_batch(x)
     variables = {"params": layer}
     args = (x, rotary, bias, layer_cache, index)
@@ -362,17 +362,21 @@ def apply(
     block = jax.checkpoint(block)
   if config.unroll == config.layers:
     layers = unstack_layers(params, config)["layers"]
-    caches = [None] * config.layers if cache is None else list(zip(*cache))
+    caches: list[Any] = [None] * config.layers
+    if cache is not None:
+      caches = list(zip(*cache))
     for i, layer in enumerate(layers):
       x, caches[i] = block(x, layer, caches[i])
-    cache = None if cache is None else Cache(*map(tuple, zip(*caches)))
+    if cache is not None:
+      keys, values = zip(*caches)
+      cache = Cache(keys, values)
   else:
     step = lambda x, layer_and_cache: block(x, *layer_and_cache)
     scanned = (params["layers"], None if cache is None else tuple(cache))
     x, caches = lax.scan(step, x, scanned, unroll=config.unroll)
     cache = None if cache is None else Cache(*caches)
-  x = shard_batch(x)
-  return _Norm(config).apply({"params": params["final_norm"]}, x), cache
+  norm: Any = _Norm(config).apply({"params": params["final_norm"]}, x)
+  return shard_batch(norm), cache
 
 
 def head(params: types.Params) -> Float[Array, "V D"]:

@@ -27,16 +27,12 @@ class RewardModelConfig:
   model: transformer.TransformerConfig
 
 
-def pair_metrics(
+def pair_scores(
   params: types.Params,
   pairs: types.PreferencePairs,
   config: RewardModelConfig,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Mean loss (nats per pair), with loss and accuracy by name.
-
-  Chosen and rejected go through the network as one batch. A tie counts as
-  half right.
-  """
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+  """Raw scores of chosen and rejected, which pass through as one batch."""
   both = jax.tree.map(
     lambda chosen, rejected: jnp.concatenate([chosen, rejected]),
     pairs.chosen,
@@ -45,9 +41,16 @@ def pair_metrics(
   both = jax.tree.map(transformer.shard_batch, both)
   scores = rewards.raw_scores(params, both, model=config.model)
   chosen, rejected = jnp.split(scores, 2)
+  return chosen, rejected
+
+
+def pair_metrics(
+  chosen: Float[Array, "B"], rejected: Float[Array, "B"]
+) -> dict[str, Float[Array, ""]]:
+  """Mean loss (nats per pair) and accuracy, where a tie is half right."""
   loss = preference_loss.bradley_terry_loss(chosen, rejected).mean()
   accuracy = (jnp.sign(chosen - rejected).mean() + 1) / 2
-  return loss, {"reward_model/loss": loss, "reward_model/accuracy": accuracy}
+  return {"reward_model/loss": loss, "reward_model/accuracy": accuracy}
 
 
 def make_step(
@@ -58,10 +61,12 @@ def make_step(
 ]:
   """The step, to be jitted with its state donated."""
 
+  def loss(params, pairs):
+    scalars = pair_metrics(*pair_scores(params, pairs, config))
+    return scalars["reward_model/loss"], scalars
+
   def step(state, pairs):
-    gradient, scalars = jax.grad(pair_metrics, has_aux=True)(
-      state.params, pairs, config
-    )
+    gradient, scalars = jax.grad(loss, has_aux=True)(state.params, pairs)
     updates, optimizer_state = optimizer.update(
       gradient, state.optimizer, state.params
     )

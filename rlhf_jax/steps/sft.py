@@ -11,7 +11,8 @@ from collections.abc import Callable
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 import optax
 
 from rlhf_jax import types
@@ -27,10 +28,10 @@ class SFTConfig:
   logits_per_chunk: int = 2**24
 
 
-def negative_log_likelihood(
+def row_logprobs(
   params: types.Params, batch: types.PackedTexts, config: SFTConfig
-) -> Float[Array, ""]:
-  """Mean over the predicted tokens, nats per token."""
+) -> tuple[Float[Array, "B"], Int[Array, "B"]]:
+  """Each row's sum of log π over its predicted tokens, and their number."""
   hidden, _ = transformer.apply(
     params["transformer"],
     batch.tokens,
@@ -45,7 +46,16 @@ def negative_log_likelihood(
     temperature=1.0,
     logits_per_chunk=config.logits_per_chunk,
   )
-  return -masking.masked_mean(predicted, batch.loss_mask[:, 1:])
+  mask = batch.loss_mask[:, 1:]
+  return jnp.where(mask, predicted, 0.0).sum(1), mask.sum(1)
+
+
+def negative_log_likelihood(
+  params: types.Params, batch: types.PackedTexts, config: SFTConfig
+) -> Float[Array, ""]:
+  """Mean over all predicted tokens of the batch, nats per token."""
+  sums, counts = row_logprobs(params, batch, config)
+  return -sums.sum() / jnp.maximum(counts.sum(), 1)
 
 
 def make_step(

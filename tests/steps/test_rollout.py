@@ -41,22 +41,19 @@ SMALL = dataclasses.replace(LLAMA, layers=1, unroll=1)
 NETWORKS = {
   "llama": LLAMA,
   "scanned layers": dataclasses.replace(LLAMA, unroll=1),
-  "one kv head": dataclasses.replace(LLAMA, kv_heads=1, tie_embeddings=False),
+  "one kv head": dataclasses.replace(SMALL, kv_heads=1, tie_embeddings=False),
   "gpt2": GPT2,
-  "gpt2, scanned": dataclasses.replace(GPT2, unroll=1),
 }
 STOP = rollout.RolloutConfig(response_length=R, stop_ids=(2, 5), pad_id=9)
 
 
 @functools.cache
 def make_params(model, seed=0):
-  """Random, and sharp enough that its choices are far from uniform."""
-  init = jax.jit(transformer.init, static_argnums=1)
-  params = init(jax.random.key(seed), model)
-  params["embedding"] = jax.tree.map(lambda x: 20 * x, params["embedding"])
-  if "lm_head" in params:
-    params["lm_head"] = jax.tree.map(lambda x: 20 * x, params["lm_head"])
-  return params
+  """Random everywhere, norms and biases too, and far from uniform logits."""
+  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
+  rng = np.random.default_rng(seed)
+  normal = lambda leaf: 0.7 * rng.normal(size=leaf.shape)
+  return jax.tree.map(lambda leaf: jnp.float32(normal(leaf)), shapes)
 
 
 def make_prompts(size=P, pad=0, lengths=LENGTHS):
@@ -141,7 +138,7 @@ def test_each_row_is_scored_as_if_it_were_alone(model):
     )
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("model", [SMALL, GPT2], ids=["llama", "gpt2"])
 def test_more_left_padding_changes_nothing(model):
   """Trap 8."""
   one = write(model)
@@ -164,7 +161,7 @@ def test_what_stands_under_the_padding_changes_no_bit():
   )
 
 
-@pytest.mark.parametrize("pad_id", [9, 2, 5, 0])
+@pytest.mark.parametrize("pad_id", [9, 2])
 def test_a_response_ends_with_its_first_stop_token(pad_id):
   """Trap 16: a set of stop ids, of which one may be the pad."""
   config = dataclasses.replace(STOP, pad_id=pad_id)
@@ -249,10 +246,8 @@ def test_every_row_column_and_key_draws_its_own_number():
   ("temperature", "top_k", "top_p"),
   [
     (0.5, 0, 1.0),
-    (1.3, 0, 1.0),
-    (1.0, 3, 1.0),
-    (1.0, 0, 0.6),
-    (1.3, 4, 0.8),
+    (1.3, 3, 1.0),
+    (1.3, 4, 0.6),
   ],
 )
 def test_what_is_scored_is_the_whole_vocabulary(temperature, top_k, top_p):
