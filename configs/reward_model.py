@@ -7,7 +7,7 @@ top of a Hugging Face model or an SFT workdir:
       --config.policy.path=DIR --config.data.path=PAIRS.jsonl \
       --workdir=runs/reward_model
 
-`toy` (default) has 1,024 pairs of the built-in language, too few of them on
+`toy` (default) has 2,048 pairs of the built-in language, too few of them on
 purpose: what the reward model gets wrong is what a policy without a penalty
 finds.
 
@@ -24,7 +24,7 @@ def toy() -> ConfigDict:
   """The built-in language, on top of an SFT policy of it."""
   config = defaults.get_config()
   config.stage = "reward_model"
-  config.data.size = 1024
+  config.data.size = 2048
   config.train.steps = 150
   config.train.batch_size = 64
   config.optimizer.learning_rate = 1e-3

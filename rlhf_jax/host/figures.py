@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # Files, not windows.
 
 from matplotlib import pyplot as plt
+from rich import box as rich_box
 from rich import console as rich_console
 from rich import table as rich_table
 from rich import text as rich_text
@@ -21,30 +22,32 @@ Member = dict[str, Any]
 def print_members(
   console: rich_console.Console, members: Sequence[Member]
 ) -> None:
-  """Prints β, proxy, gold and KL with standard errors, and a sample each."""
+  """Prints β, proxy, gold and KL with standard errors, then a sample each."""
   table = rich_table.Table(
-    title="What the penalty bought", title_justify="left"
+    title="What the penalty bought",
+    title_justify="left",
+    box=rich_box.SIMPLE_HEAD,
   )
   has_gold = "reward/gold" in members[0]["metrics"]
-  columns = ["β", "proxy (sd)", *["gold"] * has_gold, "KL (nats/response)"]
-  for name in columns:
+  for name in ["β", "proxy (sd)", *["gold"] * has_gold, "KL (nats/response)"]:
     table.add_column(name, justify="right", no_wrap=True)
-  table.add_column("a response", overflow="fold")
   for member in members:
     figure = lambda name, digits, metrics=member["metrics"]: (
-      f"{metrics[name]:+.{digits}f} ± {metrics[name + '_se']:.{digits}f}"
+      f"{metrics[name]:.{digits}f} ± {metrics[name + '_se']:.{digits}f}"
     )
-    sample = member["sample"]
     table.add_row(
       f"{member['beta']:g}",
       figure("reward/score", 2),
       *[figure("reward/gold", 2)] * has_gold,
-      figure("kl/reverse_exact", 1).removeprefix("+"),
-      # A Text: a model may write rich's markup.
-      rich_text.Text(f"{sample['prompt']} | {sample['response']}"),
+      figure("kl/reverse_exact", 1),
     )
   console.print()
   console.print(table)
+  for member in members:
+    sample = member["sample"]
+    # A Text: a model may write rich's markup.
+    line = f"β = {member['beta']:g}: {sample['prompt']} | {sample['response']}"
+    console.print(rich_text.Text(line), soft_wrap=True)
 
 
 def plot_members(root: pathlib.Path, members: Sequence[Member]) -> pathlib.Path:

@@ -6,6 +6,7 @@ numbers are shared. Each member has a sub-workdir of the same form as a single
 run's.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -66,21 +67,86 @@ def run(
   validate.validate_model(config, policy.model)
   reward = _reward(config, policy)
   prompts = _prompts(config, policy, console)
-  betas = tuple(config.sweep.betas) or (config.kl.beta,)
-  members = (
-    [_member(config, workdir, beta, resume) for beta in betas]
-    if config.sweep.betas
-    else [workdir]
-  )
   mesh = settings.mesh(config)
   key = jax.random.key(config.seed)
-
   # The reference and the reward model are placed as the policy is.
   frozen = reference_lib.freeze(policy.params), reward.params
   reference, reward_params = jax.device_put(
     frozen, sharding.shardings(frozen, mesh)
   )
-  step_config = settings.ppo_config(config, policy)
+  step, state = _step_and_state(config, policy, reward)
+
+  def arguments(index):
+    batch = batches.batch_at(
+      prompts,
+      seed=config.seed,
+      step=index,
+      batch_size=config.train.batch_size,
+    )
+    return reference, reward_params, sharding.place_batch(batch, mesh), key
+
+  with contextlib.ExitStack() as stack:
+    members = _members(config, workdir, resume, stack)
+
+    def record(index, metrics, seconds):
+      if reward.host is not None:
+        reward.host.raise_if_failed()
+      each = _split(config, metrics)
+      seconds = seconds / len(members)
+      return {
+        label: _record(config, member, policy, index, mine, seconds)
+        for (label, member), mine in zip(members.items(), each)
+      }
+
+    def rewind(index):
+      for member in members.values():
+        member.rewind(index)
+
+    state = loop.drive(
+      loop.Run(
+        name="ppo",
+        steps=config.train.steps,
+        mesh=mesh,
+        checkpoints=checkpoint.Checkpoints(
+          workdir.path / "checkpoints", **config.checkpoint
+        ),
+        metadata={
+          "reference": checkpoint.tree_hash(reference),
+          "reward": reward.identity,
+        },
+        leading=1 if config.sweep.betas else 0,
+      ),
+      state,
+      step,
+      arguments=arguments,
+      rewind=rewind,
+      record=record,
+      console=console,
+    )
+    each = _split(config, state.params["transformer"])
+    wall_s = time.monotonic() - began
+    summaries = [
+      _finish(config, member, policy, mine, wall_s)
+      for member, mine in zip(members.values(), each)
+    ]
+    if not config.sweep.betas:
+      return summaries[0]
+    summary = {
+      "stage": "sweep",
+      "wall_s": wall_s,
+      "members": [
+        _member_summary(beta, member, workdir.path, mine)
+        for beta, member, mine in zip(
+          config.sweep.betas, members.values(), summaries
+        )
+      ],
+    }
+    workdir.write_summary(summary)
+    return summary
+
+
+def _step_and_state(config, policy, reward):
+  """The step of all members and the state before step 0."""
   updates = config.ppo.epochs * config.ppo.minibatches
   optimizer = optimizer_lib.make(
     settings.optimizer_config(config, updates_per_step=updates)
@@ -89,7 +155,7 @@ def run(
   head = transformer.init_scalar_head(policy.model.width, use_bias=True)
   params = {"transformer": policy.params["transformer"], "value_head": head}
   step = ppo.make_step(
-    step_config,
+    settings.ppo_config(config, policy),
     score=reward.score,
     optimizer=optimizer,
     controller=controller,
@@ -102,96 +168,50 @@ def run(
       params, beta=beta, optimizer=optimizer, controller=controller
     )
 
-  if config.sweep.betas:
-    step = jax.vmap(
-      step, in_axes=(0, None, None, None, None), axis_name=_MEMBER_AXIS
-    )
-    state = jax.vmap(start)(jnp.array(betas))
-  else:
-    state = start(betas[0])
-
-  def arguments(index):
-    batch = batches.batch_at(
-      prompts,
-      seed=config.seed,
-      step=index,
-      batch_size=config.train.batch_size,
-    )
-    batch = sharding.place_batch(batch, mesh)
-    return reference, reward_params, batch, key
-
-  def record(index, metrics, seconds):
-    if reward.host is not None:
-      reward.host.raise_if_failed()
-    if not config.sweep.betas:
-      metrics = jax.tree.map(lambda x: x[None], metrics)
-    figures = {}
-    for i, (beta, member) in enumerate(zip(betas, members)):
-      mine = jax.tree.map(lambda x, i=i: x[i], metrics)
-      label = f"β={beta:g}" if config.sweep.betas else ""
-      figures[label] = _record(
-        config, member, policy, index, mine, seconds / len(betas)
-      )
-    return figures
-
-  def rewind(index):
-    for member in members:
-      member.rewind(index)
-
-  state = loop.drive(
-    loop.Run(
-      name="ppo",
-      steps=config.train.steps,
-      mesh=mesh,
-      checkpoints=checkpoint.Checkpoints(
-        workdir.path / "checkpoints", **config.checkpoint
-      ),
-      metadata={
-        "reference": checkpoint.tree_hash(reference),
-        "reward": reward.identity,
-      },
-      leading=1 if config.sweep.betas else 0,
-    ),
-    state,
-    step,
-    arguments=arguments,
-    rewind=rewind,
-    record=record,
-    console=console,
-  )
-  wall_s = time.monotonic() - began
-  summaries = []
-  for i, (beta, member) in enumerate(zip(betas, members)):
-    trained = state.params["transformer"]
-    if config.sweep.betas:
-      trained = jax.tree.map(lambda x, i=i: x[i], trained)
-    final = dataclasses.replace(policy, params={"transformer": trained})
-    pretrained_lib.save(member, final)
-    summary = {
-      "stage": "ppo",
-      "seed": config.seed,
-      "steps": config.train.steps,
-      "wall_s": wall_s,
-      "metrics": member.mean_of_last(),
-    }
-    member.write_summary(summary)
-    summaries.append(_member_summary(beta, member, workdir.path, summary))
   if not config.sweep.betas:
-    return summary
-  summary = {"stage": "sweep", "wall_s": wall_s, "members": summaries}
-  workdir.write_summary(summary)
-  for member in members:
-    member.close()
+    return step, start(config.kl.beta)
+  step = jax.vmap(
+    step, in_axes=(0, None, None, None, None), axis_name=_MEMBER_AXIS
+  )
+  return step, jax.vmap(start)(jnp.array(config.sweep.betas))
+
+
+def _split(config, tree):
+  """The members' parts of a tree: itself, or one for each β."""
+  if not config.sweep.betas:
+    return [tree]
+  count = len(config.sweep.betas)
+  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+def _members(config, workdir, resume, stack):
+  """Label → workdir of each member; a single run is its own."""
+  if not config.sweep.betas:
+    return {"": workdir}
+  members = {}
+  for beta in config.sweep.betas:
+    member = config.copy_and_resolve_references()
+    with member.unlocked():
+      member.kl.beta = beta
+      member.sweep.betas = ()
+    opened = workdir.sub(f"beta={beta:g}", member.to_dict(), resume=resume)
+    members[f"β={beta:g}"] = stack.enter_context(opened)
+  return members
+
+
+def _finish(config, member, policy, trained, wall_s):
+  """Leaves a member's policy and summary in its workdir."""
+  final = dataclasses.replace(policy, params={"transformer": trained})
+  pretrained_lib.save(member, final)
+  summary = {
+    "stage": "ppo",
+    "seed": config.seed,
+    "steps": config.train.steps,
+    "wall_s": wall_s,
+    "metrics": member.mean_of_last(),
+  }
+  member.write_summary(summary)
   return summary
-
-
-def _member(config, workdir, beta, resume):
-  member = config.copy_and_resolve_references()
-  with member.unlocked():
-    member.kl.beta = beta
-    member.sweep.betas = ()
-  name = f"beta={beta:g}"
-  return workdir.sub(name, member.to_dict(), resume=resume)
 
 
 def _member_summary(beta, member, root, summary):

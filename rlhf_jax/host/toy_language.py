@@ -16,7 +16,7 @@ What one draws (| ends the prompt):
 
 Figures, over the language's own texts: gold mean 0.00, sd 0.95, its 5th and
 95th percentiles −1.6 and 1.6; the best grammatical review reaches 2.95, and
-"lovely" 21 times after "it was" −5.0. A response has 13.65 tokens on average
+"lovely" 21 times after "it was" −13.0. A response has 13.65 tokens on average
 and an entropy of 25.41 nats (1.86 nats per token): the floor of any model's
 held-out loss.
 
@@ -125,7 +125,7 @@ _LONGEST_TEXT = LONGEST_REVIEW + 2  # tokens
 
 GOLD_CEILING = 3.0  # reward units
 GOLD_SCALE = 5.0  # summed sentiment at which tanh bends
-GOLD_PRICE = 0.4  # reward units per ungrammatical pair
+GOLD_PRICE = 0.8  # reward units per ungrammatical pair
 
 
 def _word_chain() -> np.ndarray:
@@ -241,7 +241,7 @@ def ungrammatical_pairs(sequences: types.Sequences) -> Int[Array, "B"]:
 def gold_reward(sequences: types.Sequences) -> Float[Array, "B"]:
   """What a response is truly worth, reward units; 0 for an empty one.
 
-      3 · tanh(sentiment / 5) − 0.4 · ungrammatical pairs
+      3 · tanh(sentiment / 5) − 0.8 · ungrammatical pairs
 
   Good words pay less and less, up to 3; faulty pairs cost the same each.
   """

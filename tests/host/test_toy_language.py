@@ -65,7 +65,7 @@ def test_gold_of_hand_worked_texts():
   )
   sentiment = [2, 1, -2, 5, 0, 0, 0, 0]
   faults = [0, 0, 0, 2, 3, 2, 2, 0]
-  gold = [3 * math.tanh(s / 5) - 0.4 * n for s, n in zip(sentiment, faults)]
+  gold = [3 * math.tanh(s / 5) - 0.8 * n for s, n in zip(sentiment, faults)]
   np.testing.assert_array_equal(toy_language.sentiment(sequences), sentiment)
   np.testing.assert_array_equal(
     toy_language.ungrammatical_pairs(sequences), faults
@@ -114,7 +114,7 @@ def test_good_words_saturate_and_their_repetition_costs():
   )
   assert 2.9 < golds[0] < 3.0
   assert golds[1] > golds[0] / 2  # The other four buy less than the two did.
-  assert golds[2] == pytest.approx(3 - 20 * 0.4, abs=1e-3)
+  assert golds[2] == pytest.approx(3 - 20 * 0.8, abs=1e-3)
 
 
 def test_gold_over_the_language_leaves_room_to_rise(texts):

@@ -161,7 +161,7 @@ def test_norms_against_numpy():
   ]:
     config = dataclasses.replace(LLAMA, norm=norm, norm_epsilon=1.0)
     found = transformer._Norm(config).apply({"params": params}, x)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-6)
 
 
 def test_llama3_stretches_long_wavelengths_only():

@@ -439,6 +439,10 @@ def test_ledger_is_that_of_the_full_logits(models, first):
       "reward/score": scores,
       "reward/total": scores - BETA * k1_sums,
       "ppo/entropy": -sum((np.exp(x) * x).sum() for x in log_p) / tokens,
+      "rollout/reference_nll": -sum(
+        log_q[row][chosen[row]].sum() for row in rows
+      )
+      / tokens,
       "rollout/response_tokens": lengths.mean(),
       "rollout/truncated_fraction": 1 - np.mean(stopped),
     },

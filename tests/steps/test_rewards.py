@@ -30,12 +30,17 @@ SCORES = np.array([0.7, -1.9, 0.25, 1e-3, -0.5, 3.3, 0.0, 2.5], np.float32)
 
 @pytest.fixture(scope="module")
 def reward_model():
-  params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), MODEL)
-  params["embedding"]["tokens"] *= 20
-  kernel = jax.random.normal(jax.random.key(1), (16,))
+  """Random weights; stored moments that are not 0 and 1."""
+  shapes = {
+    "transformer": jax.eval_shape(
+      lambda: transformer.init(jax.random.key(0), MODEL)
+    ),
+    "score_head": {"kernel": np.empty(16), "bias": np.empty(())},
+  }
+  rng = np.random.default_rng(0)
+  normal = lambda leaf: 0.7 * rng.normal(size=leaf.shape)
   return {
-    "transformer": params,
-    "score_head": {"kernel": kernel, "bias": jnp.float32(0.3)},
+    **jax.tree.map(lambda leaf: jnp.float32(normal(leaf)), shapes),
     "normalisation": {"mean": jnp.float32(0.5), "std": jnp.float32(2.0)},
   }
 
@@ -45,14 +50,11 @@ def make_sequences(garbage=0) -> types.Sequences:
   prompts = rng.integers(V, size=(B, P))
   responses = rng.integers(V, size=(B, R))
   real = np.arange(P) >= P - PROMPT_LENGTHS[:, None]
-  return jax.tree.map(
-    jnp.asarray,
-    types.Sequences(
-      prompt_tokens=np.where(real, prompts, garbage),
-      prompt_lengths=PROMPT_LENGTHS,
-      response_tokens=np.where(MASK, responses, garbage),
-      response_lengths=RESPONSE_LENGTHS,
-    ),
+  return types.Sequences(
+    prompt_tokens=jnp.asarray(np.where(real, prompts, garbage)),
+    prompt_lengths=jnp.asarray(PROMPT_LENGTHS),
+    response_tokens=jnp.asarray(np.where(MASK, responses, garbage)),
+    response_lengths=jnp.asarray(RESPONSE_LENGTHS),
   )
 
 
@@ -60,23 +62,24 @@ RAW_SCORES = jax.jit(functools.partial(rewards.raw_scores, model=MODEL))
 
 
 def test_raw_scores_read_the_last_real_token(reward_model):
-  """Trap 15. Each row alone, unpadded; an empty one reads the prompt's end."""
+  """Trap 15. Each row alone; an empty one reads the prompt's end."""
   sequences = make_sequences()
   found = RAW_SCORES(reward_model, sequences)
   apply = jax.jit(functools.partial(transformer.apply, config=MODEL))
   for row in range(5):  # Lengths 0, 1, full, 2, 3.
     prompt = sequences.prompt_tokens[row, P - PROMPT_LENGTHS[row] :]
     response = sequences.response_tokens[row, : RESPONSE_LENGTHS[row]]
-    text = jnp.concatenate([prompt, response])[None]
-    size = text.shape[1]
+    # Zeros to one size: nothing looks ahead, and it compiles once.
+    text = np.concatenate([prompt, response])
     hidden, _ = apply(
       reward_model["transformer"],
-      text,
-      positions=jnp.arange(size)[None],
-      mask=jnp.tril(jnp.ones((1, size, size), bool)),
+      jnp.asarray(np.pad(text, (0, P + R - len(text))))[None],
+      positions=jnp.arange(P + R)[None],
+      mask=jnp.tril(jnp.ones((1, P + R, P + R), bool)),
     )
-    last = np.asarray(hidden[0, -1], np.float64)
-    wanted = last @ np.asarray(reward_model["score_head"]["kernel"]) + 0.3
+    last = np.asarray(hidden[0, len(text) - 1], np.float64)
+    head = reward_model["score_head"]
+    wanted = last @ np.asarray(head["kernel"]) + head["bias"]
     np.testing.assert_allclose(found[row], wanted, atol=1e-5)
 
 

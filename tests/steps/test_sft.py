@@ -31,10 +31,11 @@ TEXTS = [([3, 1, 4, 1], 2), ([5, 9, 2], 1), ([6, 5, 3, 5, 8], 0)]
 
 @pytest.fixture(scope="module")
 def params():
-  init = jax.jit(transformer.init, static_argnums=1)
-  transformer_params = init(jax.random.key(0), MODEL)
-  transformer_params["embedding"]["tokens"] *= 20
-  return {"transformer": transformer_params}
+  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), MODEL))
+  rng = np.random.default_rng(0)
+  normal = lambda leaf: 0.7 * rng.normal(size=leaf.shape)
+  network = jax.tree.map(lambda leaf: jnp.float32(normal(leaf)), shapes)
+  return {"transformer": network}
 
 
 def pack(rows, pad=0) -> types.PackedTexts:
@@ -51,8 +52,8 @@ def pack(rows, pad=0) -> types.PackedTexts:
       positions[row, columns] = np.arange(len(text))
       loss_mask[row, start + max(prompt, 1) : start + len(text)] = True
       start += len(text)
-  packed = types.PackedTexts(tokens, segments, positions, loss_mask)
-  return jax.tree.map(jnp.asarray, packed)
+  arrays = map(jnp.asarray, (tokens, segments, positions, loss_mask))
+  return types.PackedTexts(*arrays)
 
 
 APPLY = jax.jit(functools.partial(transformer.apply, config=MODEL))
@@ -66,9 +67,9 @@ def nll_sum(params, text, prompt):
   size = len(text)
   hidden, _ = APPLY(
     params["transformer"],
-    jnp.array([text]),
-    positions=jnp.arange(size)[None],
-    mask=jnp.tril(jnp.ones((1, size, size), bool)),
+    jnp.array([text + [0] * (T - size)]),  # Nothing looks ahead.
+    positions=jnp.arange(T)[None],
+    mask=jnp.tril(jnp.ones((1, T, T), bool)),
   )
   head = np.asarray(transformer.head(params["transformer"]), np.float64)
   logits = np.asarray(hidden[0], np.float64) @ head.T
@@ -83,6 +84,15 @@ def test_the_loss_is_the_mean_over_predicted_tokens(params):
   sums, counts = zip(*(nll_sum(params, *text) for text in TEXTS))
   assert counts == (2, 2, 4)
   np.testing.assert_allclose(loss, sum(sums) / 8, rtol=1e-5)
+
+
+def test_rows_are_summed_one_by_one(params):
+  """What an evaluation adds up over batches: sums and counts by row."""
+  row_logprobs = jax.jit(sft.row_logprobs, static_argnums=2)
+  sums, counts = row_logprobs(params, pack([TEXTS[:2], TEXTS[2:]]), CONFIG)
+  nlls = [nll_sum(params, *text)[0] for text in TEXTS]
+  np.testing.assert_allclose(sums, [-nlls[0] - nlls[1], -nlls[2]], rtol=1e-5)
+  np.testing.assert_array_equal(counts, [4, 4])
 
 
 def test_packed_texts_do_not_see_each_other(params):
@@ -113,7 +123,7 @@ def test_padding_changes_no_bit(params):
 def test_prompt_tokens_are_not_predicted(params):
   """With one token of response, the loss is that token's alone."""
   text = [3, 1, 4, 1, 5]
-  loss, _ = LOSS(params, pack([[(text, 4)]]), CONFIG)
+  loss, _ = LOSS(params, pack([[(text, 4)], []]), CONFIG)
   wanted, count = nll_sum(params, text, 4)
   assert count == 1
   np.testing.assert_allclose(loss, wanted, rtol=1e-5)
