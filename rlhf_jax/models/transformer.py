@@ -340,8 +340,8 @@ def apply(
   Returns:
     Hidden states after the final norm (compute dtype), and the new cache.
   """
-  x = jnp.asarray(params["embedding"]["tokens"])[tokens]
-  x = x.astype(_dtype(config))
+  table = _whole_rows(params["embedding"]["tokens"])
+  x = shard_batch(table[tokens].astype(_dtype(config)))
   rotary = None
   if config.positions == "learned":
     learned = params["embedding"]["positions"][positions]
@@ -382,15 +382,28 @@ def apply(
 def head(params: types.Params) -> Float[Array, "V D"]:
   """The matrix that turns hidden states into logits."""
   if "lm_head" in params:
-    return params["lm_head"]["kernel"]
-  return params["embedding"]["tokens"]
+    return _whole_rows(params["lm_head"]["kernel"])
+  return _whole_rows(params["embedding"]["tokens"])
+
+
+def _whole_rows(table):
+  """A [V, D] table divided by V alone, to be looked up in.
+
+  The batch is divided over fsdp too: rows that were divided by their width
+  over the same devices would first be copied to all of them.
+  """
+  return _constrain(jnp.asarray(table), PartitionSpec(types.MODEL_AXIS, None))
 
 
 def shard_batch(x: Array) -> Array:
   """Divides the first axis over the mesh's batch axes, if a mesh is set."""
+  spec = PartitionSpec(types.BATCH_AXES, *[None] * (x.ndim - 1))
+  return _constrain(x, spec)
+
+
+def _constrain(x, spec):
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  spec = PartitionSpec(types.BATCH_AXES, *[None] * (x.ndim - 1))
   return lax.with_sharding_constraint(x, spec)
 
 
