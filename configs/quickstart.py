@@ -17,7 +17,7 @@ def toy() -> ConfigDict:
   """The stages of `configs/ppo.py:toy`, and four penalties for the last."""
   config = ppo.toy()
   config.stage = "pipeline"
-  config.sweep.betas = (0.0, 0.02, 0.1, 0.5)
+  config.sweep.betas = (0.0, 0.05, 0.2, 1.0)
   return config
 
 

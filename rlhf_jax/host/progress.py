@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import time
+from typing import SupportsFloat
 
 from rich import console as rich_console
 from rich import live as rich_live
@@ -10,7 +11,7 @@ from rich import progress as rich_progress
 from rich import table as rich_table
 from rich import text as rich_text
 
-Figures = Mapping[str, float]
+Figures = Mapping[str, SupportsFloat]
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -41,7 +42,7 @@ class Progress:
     for name in ["", *names] if labelled else names:
       figures.add_column(name, justify="right", style="cyan")
     for label, row in self._rows.items():
-      cells = [rich_text.Text(f"{value:,.4g}") for value in row.values()]
+      cells = [rich_text.Text(f"{float(value):,.4g}") for value in row.values()]
       figures.add_row(*([rich_text.Text(label)] if labelled else []), *cells)
     return rich_console.Group(self._bar, figures)
 
@@ -69,7 +70,9 @@ class Progress:
       return
     self._printed = now
     for label, row in rows.items():
-      figures = " ".join(f"{name} {value:,.4g}" for name, value in row.items())
+      figures = " ".join(
+        f"{name} {float(value):,.4g}" for name, value in row.items()
+      )
       head = f"{self._name} {step}/{self._steps}"
       _print(self._console, " ".join(filter(None, [head, label, figures])))
 

@@ -140,13 +140,15 @@ def _pairs(config, policy, console):
     return _sampled_pairs(config, policy)
   texts, counts = readers.read_pairs(path)
   console.print(f"reward model: {path}: {counts}", markup=False)
+  # The policy's responses will end so, and so must those that are judged.
+  stop = list(settings.rollout_config(config, policy).stop_ids[:1])
   rows = []
   for text in texts:
-    encode = lambda response, prompt=text.prompt: tokenizer_lib.encode_pair(
-      policy.tokenizer, prompt, response
+    (prompt, chosen), (_, rejected) = (
+      tokenizer_lib.encode_pair(policy.tokenizer, text.prompt, response)
+      for response in (text.chosen, text.rejected)
     )
-    prompt, chosen = encode(text.chosen)
-    rows.append((prompt, chosen, encode(text.rejected)[1]))
+    rows.append((prompt, chosen + stop, rejected + stop))
   pairs, cut = data.preference_pairs_array(rows, **layout, where=path)
   if cut.rows:
     console.print(
@@ -178,10 +180,9 @@ def _sampled_pairs(config, policy):
     for offset in (2, 3)
   )
   key = jax.random.fold_in(jax.random.key(config.seed), config.data.size)
+  gold = jax.jit(toy_language.gold_reward)
   first_wins = np.asarray(
-    toy_language.label_preferences(
-      key, toy_language.gold_reward(first), toy_language.gold_reward(second)
-    )
+    toy_language.label_preferences(key, gold(first), gold(second))
   )
 
   def pick(condition):

@@ -104,8 +104,10 @@ def _texts(config, start, console):
   """Packed rows to train on, and held-out rows."""
   if path := config.data.path:
     texts, counts = readers.read_texts(path)
-    encode = lambda text: tokenizer_lib.encode_pair(start.tokenizer, *text)
-    texts = [encode(text) for text in texts]
+    # A response ends with the first stop id, or the policy never learns to.
+    stop = list(settings.rollout_config(config, start).stop_ids[:1])
+    pairs = (tokenizer_lib.encode_pair(start.tokenizer, *t) for t in texts)
+    texts = [(prompt, response + stop) for prompt, response in pairs]
     console.print(f"sft: {path}: {counts}", markup=False, highlight=False)
   else:
     texts = toy_language.sample_texts(config.seed, config.data.size)
@@ -142,6 +144,6 @@ def own_responses(
 
 def _gold(policy, config):
   """The SFT policy's own gold, with which a later policy is compared."""
-  gold = toy_language.gold_reward(own_responses(policy, config))
+  gold = jax.jit(toy_language.gold_reward)(own_responses(policy, config))
   error = gold.std() / GOLD_PROMPTS**0.5
   return {"reward/gold": float(gold.mean()), "reward/gold_se": float(error)}

@@ -165,9 +165,15 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 def _encode(tokenizer, text: str) -> list[int]:
   """Ids of plain text; special tokens in it are spelled out."""
-  encoding = tokenizer(
-    text, add_special_tokens=False, split_special_tokens=True
-  )
+  try:
+    encoding = tokenizer(
+      text, add_special_tokens=False, split_special_tokens=True
+    )
+  except Exception as error:  # What `tokenizers` raises has no other type.
+    raise errors.UserError(
+      f"text {text!r}: the tokenizer cannot encode it: {error}; use only what "
+      "its vocabulary spells"
+    ) from error
   return encoding["input_ids"]
 
 
@@ -182,5 +188,5 @@ def _continuations(tokenizer, text: str) -> Iterator[list[int]]:
 
 def _bos(tokenizer) -> list[int]:
   """BOS, if the tokenizer's own template begins with it."""
-  first = tokenizer("a", add_special_tokens=True)["input_ids"][0]
-  return [first] if first == tokenizer.bos_token_id else []
+  first = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+  return first if first == [tokenizer.bos_token_id] else []
