@@ -169,7 +169,7 @@ def compare(
     reference: The same of the reference.
     targets: The sampled tokens.
     temperature: Of both distributions.
-    logits_per_chunk: Logits of one model that may exist at once.
+    logits_per_chunk: Logits and probabilities that may exist at once.
   """
 
   def statistics(policy_hidden, reference_hidden, targets):
@@ -190,7 +190,9 @@ def compare(
     )
 
   arrays = policy[0], reference[0], targets
-  return _in_columns(statistics, arrays, logits_per_chunk // policy[1].shape[0])
+  # Four arrays of logits are alive at once, two models' and their softmaxes.
+  tokens = logits_per_chunk // 4 // policy[1].shape[0]
+  return _in_columns(statistics, arrays, tokens)
 
 
 def _in_columns(function: Callable, arrays: tuple, tokens: int):
