@@ -3,14 +3,15 @@
 import os
 import pathlib
 
+import jax
+from jaxtyping import install_import_hook
+import pytest
+
 # Before JAX starts its backend.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from jaxtyping import install_import_hook
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 
 # All modules whose functions carry shapes. Not `types`: tree.map, vmap and
 # scan rebuild pytree dataclasses with other ranks and with non-arrays.
@@ -22,18 +23,9 @@ _CHECKED = [
 ]
 install_import_hook(_CHECKED, "beartype.beartype")
 
-import jax
-import pytest
-
 _ROOT = pathlib.Path(__file__).parents[1]
-
-
-def pytest_configure(config):
-  del config
-  jax.config.update(
-    "jax_compilation_cache_dir", str(_ROOT / ".cache" / "jax")
-  )
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")
