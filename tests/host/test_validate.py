@@ -258,7 +258,7 @@ def test_validate_does_both():
 @pytest.mark.parametrize(
   "overrides, fragments",
   [
-    ("rollout.response_length=500", ["512 positions", "prompt_length=16"]),
+    ("rollout.response_length=500", ["512 positions", "prompt_length=32"]),
     ("rollout.stop_ids=512", ["stop_ids: (512,)", "vocab_size=512"]),
     ("mesh.tensor=8", ["mesh.tensor: 8", "kv_heads=4"]),
     ("mesh.fsdp=3", ["mesh.fsdp: 3", "width=64"]),
