@@ -12,6 +12,10 @@ Python function of the text as its reward and prompts of your own:
       --config.policy.path=DIR --config.data.path=PROMPTS.txt \
       --workdir=runs/stories
 
+With a 260,000-parameter Llama of TinyStories: 73 s on two cores; 1.3 → 5.0
+happy words (2.8 sd of the first scores), KL at most 17.7 nats, the reference's
+NLL of the samples 1.40 → 1.51 nats per token.
+
 `1b` and `8b` have the shapes of Llama-3.2-1B and Llama-3.1-8B, for 8 and for
 64 devices (or a multiple of them):
 
