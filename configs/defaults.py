@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
 
   config.policy = ConfigDict()
   config.policy.path = ""  # a Hugging Face directory or a workdir; '': random
-  config.policy.tokenizer = ""  # a directory; '': the one beside the policy
+  config.policy.tokenizer = ""  # of a random policy; '': the built-in language
 
   config.reference = ConfigDict()
   config.reference.kind = "frozen"  # the policy as it was before step 0
@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict()
   config.data.path = ""  # .jsonl or .txt; '': the built-in language
   config.data.size = 4096  # the built-in language: texts, or pairs
-  config.data.sequence_length = 64  # tokens of a packed row, or of a pair
+  config.data.sequence_length = 64  # tokens of a packed row (sft)
   config.data.heldout_fraction = 0.1
 
   config.train = ConfigDict()
@@ -150,6 +150,17 @@ def parse(
   config = presets[name]()
   apply_overrides(config, items)
   return config
+
+
+def add_stage(config: ConfigDict, name: str, stage_config: ConfigDict) -> None:
+  """Lets `config` make what it stands on; one seed and one network for both.
+
+  The stage's seed and network follow `config`, unless they are set.
+  """
+  stage_config.seed = config.get_ref("seed").identity()
+  for field in config.model:
+    stage_config.model[field] = config.model.get_ref(field).identity()
+  config.pipeline[name] = stage_config
 
 
 def apply_overrides(config: ConfigDict, items: Iterable[str]) -> None:

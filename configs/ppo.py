@@ -32,12 +32,8 @@ from configs import defaults, reward_model, sft
 def toy() -> ConfigDict:
   """The built-in language; the stages before PPO are part of the config."""
   config = defaults.get_config()
-  for stage, stage_config in [
-    ("sft", sft.toy()),
-    ("reward_model", reward_model.toy()),
-  ]:
-    _follow(config, stage_config)
-    config.pipeline[stage] = stage_config
+  defaults.add_stage(config, "sft", sft.toy())
+  defaults.add_stage(config, "reward_model", reward_model.toy())
   return config
 
 
@@ -104,10 +100,3 @@ def _llama() -> ConfigDict:
   config.optimizer.warmup_steps = 10
   config.train.steps = 500
   return config
-
-
-def _follow(config: ConfigDict, stage_config: ConfigDict) -> None:
-  """Makes a stage's seed and network those of `config`, unless it is set."""
-  stage_config.seed = config.get_ref("seed").identity()
-  for field in config.model:
-    stage_config.model[field] = config.model.get_ref(field).identity()

@@ -17,7 +17,14 @@ finds.
 
 from ml_collections import ConfigDict
 
-from configs import defaults
+from configs import defaults, sft
+
+
+def standalone() -> ConfigDict:
+  """`toy`, which first makes its SFT policy where `policy.path` is empty."""
+  config = toy()
+  defaults.add_stage(config, "sft", sft.toy())
+  return config
 
 
 def toy() -> ConfigDict:
@@ -36,7 +43,8 @@ def hh() -> ConfigDict:
   config = defaults.get_config()
   config.stage = "reward_model"
   config.model.max_length = 1024
-  config.data.sequence_length = 512
+  config.rollout.prompt_length = 256
+  config.rollout.response_length = 256
   config.train.steps = 1000
   config.train.batch_size = 64
   config.optimizer.learning_rate = 1e-5
@@ -47,4 +55,4 @@ def hh() -> ConfigDict:
 
 def get_config(arg: str = "") -> ConfigDict:
   """The preset that `arg` names; see `configs.defaults.parse`."""
-  return defaults.parse(arg, {"toy": toy, "hh": hh})
+  return defaults.parse(arg, {"toy": standalone, "hh": hh})

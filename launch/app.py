@@ -93,7 +93,8 @@ def exit_code(call: Callable[[], None]) -> int:
   try:
     call()
   except errors.UserError as error:
-    if "--verbose" in sys.argv:
+    # Read off the line: the error may be one of parsing it.
+    if any(re.fullmatch("--?verbose(=true)?", word) for word in sys.argv):
       traceback.print_exception(error)
     print(" ".join(str(error).splitlines()), file=sys.stderr)
     return error.exit_code

@@ -53,23 +53,26 @@ def batch_at(rows: Rows, *, seed: int, step: int, batch_size: int) -> Rows:
   return _take(rows, indices)
 
 
-def split_heldout(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+def split_heldout(
+  rows: Rows, fraction: float, seed: int, *, by: Any = None
+) -> tuple[Rows, Rows]:
   """Splits rows in two, (train, held out), each in its old order.
 
-  Rows that are equal stay on one side, so that no held-out row was trained on:
-  the fraction is one of the distinct rows. At least one is held out, unless
-  the fraction is 0.
+  Rows that are equal, or that are equal in `by`, stay on one side, so that
+  nothing that is held out was trained on: the fraction is one of the distinct
+  rows. At least one is held out, unless the fraction is 0.
 
   Args:
     rows: A list of texts or ids, or a pytree of arrays with equal leading axes.
     fraction: In [0, 1).
     seed: At least 0.
+    by: What must not be on both sides, such as prompts; None is the row.
 
   Raises:
     UserError: No row would be left to train on.
   """
   groups: dict[Any, list[int]] = {}
-  for index, key in enumerate(_keys(rows)):
+  for index, key in enumerate(_keys(rows if by is None else by)):
     groups.setdefault(key, []).append(index)
   heldout = max(round(fraction * len(groups)), int(fraction > 0))
   if heldout >= len(groups):

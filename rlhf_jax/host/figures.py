@@ -29,7 +29,7 @@ def print_members(
     box=rich_box.SIMPLE_HEAD,
   )
   has_gold = "reward/gold" in members[0]["metrics"]
-  for name in ["β", "proxy (sd)", *["gold"] * has_gold, "KL (nats/response)"]:
+  for name in ["β", "proxy", *["gold"] * has_gold, "KL (nats/response)"]:
     table.add_column(name, justify="right", no_wrap=True)
   for member in members:
     figure = lambda name, digits, metrics=member["metrics"]: (
@@ -55,7 +55,7 @@ def plot_members(root: pathlib.Path, members: Sequence[Member]) -> pathlib.Path:
   names = ["reward/score", "reward/gold"]
   names = [n for n in names if n in members[0]["metrics"]]
   titles = {
-    "reward/score": "proxy: the reward model's score (sd)",
+    "reward/score": "proxy: the reward that is trained on",
     "reward/gold": "gold: the true reward",
   }
   figure, axes = plt.subplots(

@@ -103,7 +103,7 @@ def drive(
         last = index + 1 == run.steps
         if run.checkpoints.due(index + 1, last or stopping):
           run.checkpoints.save(index + 1, state, run.metadata)
-        if stopping and not last:
+        if stopping:
           raise errors.Preempted(
             f"{run.name}: stopped by {stop[0]} after step {index + 1} of "
             f"{run.steps}; saved; --resume continues it"

@@ -228,7 +228,13 @@ def _member_summary(beta, member, root, summary):
 
 def _reward(config: ConfigDict, policy: pretrained_lib.Pretrained) -> _Reward:
   if config.reward.kind == "model":
+    if not config.reward.path:
+      raise errors.UserError(
+        "config.reward.path: ''; wanted a reward model's workdir; make one with"
+        " configs/reward_model.py, or set config.reward.kind"
+      )
     model = pretrained_lib.load(config.reward.path, config)
+    validate.validate_model(config, model.model)
     if "score_head" not in model.params:
       raise errors.UserError(
         f"config.reward.path: {model.where} is no reward model: it has no "
@@ -240,6 +246,7 @@ def _reward(config: ConfigDict, policy: pretrained_lib.Pretrained) -> _Reward:
   name = config.reward.function
   function = text_rewards.load_function(name)
   if config.reward.kind == "function":
+    text_rewards.check_traced(name, function)
     return _Reward({}, rewards.from_function(function), name)
   host = text_rewards.TextReward(name, function, policy.tokenizer)
   return _Reward({}, rewards.from_host(host), name, host)
@@ -250,17 +257,7 @@ def _prompts(config, policy, console) -> types.Prompts:
     texts, counts = readers.read_prompts(pathlib.Path(path))
     console.print(f"ppo: {path}: {counts}", markup=False, highlight=False)
   else:
-    if (
-      tuple(
-        policy.tokenizer.convert_ids_to_tokens(range(len(policy.tokenizer)))
-      )
-      != toy_language.VOCABULARY
-    ):
-      raise errors.UserError(
-        "config.data.path: '' is the built-in language, which is not that of "
-        f"{policy.where}; give prompts, a .jsonl with a field 'prompt' or a "
-        ".txt with one a line"
-      )
+    pretrained_lib.check_speaks_the_built_in_language(policy)
     texts = toy_language.sample_prompts(config.seed + 4, config.data.size)
   prompts, cut = sampling.prompts_array(texts, config, policy, path or "toy")
   if cut.rows:
@@ -273,7 +270,10 @@ def _prompts(config, policy, console) -> types.Prompts:
 
 
 def _record(config, member, policy, index, metrics, seconds):
-  """Writes one member's step; returns the figures to show."""
+  """Writes one member's step; returns the figures to show.
+
+  `seconds` is the member's share of a sweep's step.
+  """
   scalars = metrics.scalars
   loop.check_finite(f"ppo in {member.path}", index, scalars)
   tokens = float(scalars["rollout/response_tokens"]) * config.train.batch_size

@@ -53,7 +53,13 @@ def load_policy(config: ConfigDict) -> Pretrained:
   the built-in language, by `config.seed`.
   """
   if path := config.policy.path:
-    return load(path, config)
+    found = load(path, config)
+    if "score_head" in found.params:
+      raise errors.UserError(
+        f"config.policy.path: {found.where} is a reward model; wanted a "
+        "language model"
+      )
+    return found
   if path := config.policy.tokenizer:
     tokenizer = tokenizer_lib.load(path)
     stop_ids = tokenizer_lib.stop_ids(path, tokenizer)
@@ -78,11 +84,17 @@ def load(path: str, config: ConfigDict) -> Pretrained:
   else:
     found = _load_hugging_face(directory)
   tokenizer_lib.check(found.tokenizer, found.model.vocab_size, found.where)
+  unroll = config.model.unroll or found.model.layers
+  if found.model.layers % unroll:
+    raise errors.UserError(
+      f"config.model.unroll: {unroll}; wanted a divisor of the "
+      f"{found.model.layers} layers of {found.where}, or 0 for all"
+    )
   model = dataclasses.replace(
     found.model,
     compute_dtype=config.model.compute_dtype,
     remat=config.model.remat,
-    unroll=config.model.unroll or found.model.layers,
+    unroll=unroll,
   )
   return dataclasses.replace(found, model=model)
 
@@ -129,6 +141,21 @@ def save(workdir: workdir_lib.Workdir, pretrained: Pretrained) -> None:
   }
   checkpoint.save_params(workdir.path / "model", pretrained.params, metadata)
   pretrained.tokenizer.save_pretrained(workdir.path / "tokenizer")
+
+
+def check_speaks_the_built_in_language(policy: Pretrained) -> None:
+  """Requires that the policy's ids are those of the built-in language.
+
+  Raises:
+    UserError: They are not; other ids would be read as its words.
+  """
+  ids = list(range(len(policy.tokenizer)))
+  words = policy.tokenizer.convert_ids_to_tokens(ids)
+  if tuple(words) != toy_language.VOCABULARY:
+    raise errors.UserError(
+      "config.data.path: '' is the built-in language, which is not that of "
+      f"{policy.where}; give a file of your own, .jsonl or .txt"
+    )
 
 
 def check_same_tokenizer(first: Pretrained, second: Pretrained) -> None:

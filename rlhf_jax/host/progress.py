@@ -42,7 +42,7 @@ class Progress:
     for name in ["", *names] if labelled else names:
       figures.add_column(name, justify="right", style="cyan")
     for label, row in self._rows.items():
-      cells = [rich_text.Text(f"{float(value):,.4g}") for value in row.values()]
+      cells = [rich_text.Text(_figure(value)) for value in row.values()]
       figures.add_row(*([rich_text.Text(label)] if labelled else []), *cells)
     return rich_console.Group(self._bar, figures)
 
@@ -71,7 +71,7 @@ class Progress:
     self._printed = now
     for label, row in rows.items():
       figures = " ".join(
-        f"{name} {float(value):,.4g}" for name, value in row.items()
+        f"{name} {_figure(value)}" for name, value in row.items()
       )
       head = f"{self._name} {step}/{self._steps}"
       _print(self._console, " ".join(filter(None, [head, label, figures])))
@@ -89,6 +89,11 @@ def show(
     return
   with rich_live.Live(progress, console=console, refresh_per_second=4):
     yield progress
+
+
+def _figure(value: SupportsFloat) -> str:
+  value = float(value)
+  return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _print(console: rich_console.Console, line: str) -> None:

@@ -27,6 +27,7 @@ from rlhf_jax.host import (
   sampling,
   settings,
   toy_language,
+  validate,
 )
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import tokenizer as tokenizer_lib
@@ -48,9 +49,13 @@ def run(
   """Trains, leaves the reward model in the workdir; returns the summary."""
   began = time.monotonic()
   policy = pretrained_lib.load_policy(config)
-  pairs, heldout_prompts = _pairs(config, policy, console)
+  validate.validate_model(config, policy.model)
+  pairs = _pairs(config, policy, console)
   train, heldout = batches.split_heldout(
-    pairs, config.data.heldout_fraction, config.seed
+    pairs,
+    config.data.heldout_fraction,
+    config.seed,
+    by=_prompts_of(pairs),  # A held-out pair's prompt is new as well.
   )
   mesh = settings.mesh(config)
   step_config = reward_model.RewardModelConfig(policy.model)
@@ -104,9 +109,10 @@ def run(
   trained = dataclasses.replace(
     policy, params=state.params, where=str(workdir.path)
   )
-  samples = sampling.sample(
-    policy, heldout_prompts, config, seed=config.seed + 1
+  prompts = batches.batch_at(
+    _prompts_of(heldout), seed=config.seed, step=0, batch_size=MOMENT_PROMPTS
   )
+  samples = sampling.sample(policy, prompts, config, seed=config.seed + 1)
   raw = functools.partial(rewards.raw_scores, model=policy.model)
   moments = reward_model.moments(
     jnp.array(sampling.score(trained, samples, config, function=raw))
@@ -129,7 +135,7 @@ def run(
 
 
 def _pairs(config, policy, console):
-  """Preference pairs, and prompts on which the score is to be normalised."""
+  """Preference pairs, from a file or from the policy itself."""
   layout = {
     "prompt_length": config.rollout.prompt_length,
     "response_length": config.rollout.response_length,
@@ -158,23 +164,18 @@ def _pairs(config, policy, console):
       f"{cut.tokens} tokens",
       highlight=False,
     )
-  prompts = types.Prompts(
-    pairs.chosen.prompt_tokens, pairs.chosen.prompt_lengths
-  )
-  _, heldout = batches.split_heldout(
-    prompts, config.data.heldout_fraction, config.seed
-  )
-  return pairs, heldout
+  return pairs
+
+
+def _prompts_of(pairs: types.PreferencePairs) -> types.Prompts:
+  return types.Prompts(pairs.chosen.prompt_tokens, pairs.chosen.prompt_lengths)
 
 
 def _sampled_pairs(config, policy):
   """Two responses of the policy to each prompt, judged by noisy gold."""
-
-  def prompts(seed, count):
-    ids = toy_language.sample_prompts(seed, count)
-    return sampling.prompts_array(ids, config, policy, "prompts")[0]
-
-  asked = prompts(config.seed + 2, config.data.size)
+  pretrained_lib.check_speaks_the_built_in_language(policy)
+  ids = toy_language.sample_prompts(config.seed + 2, config.data.size)
+  asked, _ = sampling.prompts_array(ids, config, policy, "prompts")
   first, second = (
     sampling.sample(policy, asked, config, seed=config.seed + offset)
     for offset in (2, 3)
@@ -191,5 +192,4 @@ def _sampled_pairs(config, policy):
     )
     return jax.tree.map(choose, first, second)
 
-  pairs = types.PreferencePairs(pick(first_wins), pick(~first_wins))
-  return pairs, prompts(config.seed + 1, MOMENT_PROMPTS)
+  return types.PreferencePairs(pick(first_wins), pick(~first_wins))

@@ -19,6 +19,7 @@ from rlhf_jax.host import (
   sampling,
   settings,
   toy_language,
+  validate,
 )
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import tokenizer as tokenizer_lib
@@ -38,6 +39,7 @@ def run(
   """Trains, leaves the policy in the workdir and returns the summary."""
   began = time.monotonic()
   start = pretrained_lib.load_policy(config)
+  validate.validate_model(config, start.model)
   train, heldout = _texts(config, start, console)
   mesh = settings.mesh(config)
   step_config = sft.SFTConfig(start.model, settings.logits_per_chunk(config))
@@ -110,6 +112,7 @@ def _texts(config, start, console):
     texts = [(prompt, response + stop) for prompt, response in pairs]
     console.print(f"sft: {path}: {counts}", markup=False, highlight=False)
   else:
+    pretrained_lib.check_speaks_the_built_in_language(start)
     texts = toy_language.sample_texts(config.seed, config.data.size)
   sides = batches.split_heldout(
     texts, config.data.heldout_fraction, config.seed

@@ -80,7 +80,8 @@ def _make(config, workdir, name, resume, console) -> pathlib.Path:
   with workdir.sub(name, config.to_dict(), resume=resume) as opened:
     if not (opened.path / "summary.json").exists():
       _run_stage(config, opened, resume=resume, console=console)
-    return opened.path
+    # Absolute: a resumed run may be called from elsewhere.
+    return opened.path.absolute()
 
 
 def _pipeline(config, workdir, *, resume, console) -> None:
@@ -140,23 +141,29 @@ def _score_start(config) -> None:
 
 def _next_commands(config, workdir) -> list[str]:
   """What a person may want to do with the results."""
-  train = "python -m launch.train"
+  train = "python -m launch.train --config=configs"
+  files = " --config.data.path=FILE.jsonl" if config.data.path else ""
+  export = "python -m launch.export --output=DIR --workdir"
   if config.stage == "pipeline":
     return [
       f"open {workdir}/ppo/frontier.png",
-      f"{train} --config=configs/ppo.py --config.policy.path={workdir}/sft "
-      f"--config.reward.path={workdir}/reward_model --config.kl.beta=0.05 "
-      f"--workdir={workdir}-beta0.05",
+      f"{train}/ppo.py --config.policy.path={workdir}/sft "
+      f"--config.reward.path={workdir}/reward_model --config.kl.beta=0.01 "
+      f"--workdir={workdir}-beta0.01",
     ]
   if config.stage == "sft":
     return [
-      f"{train} --config=configs/reward_model.py "
-      f"--config.policy.path={workdir} --workdir={workdir}-reward_model"
+      f"{train}/reward_model.py --config.policy.path={workdir} "
+      f"--workdir={workdir}-reward_model{files}"
     ]
-  model = workdir if config.stage == "ppo" else None
-  if model is None:
+  if config.stage == "reward_model":
     return [
-      f"{train} --config=configs/ppo.py --config.reward.path={workdir} "
-      f"--workdir={workdir}-ppo"
+      f"{train}/ppo.py --config.policy.path={config.policy.path} "
+      f"--config.reward.path={workdir} --workdir={workdir}-ppo{files}"
     ]
-  return [f"python -m launch.export --workdir={workdir} --output=DIR"]
+  if config.sweep.betas:
+    return [
+      f"open {workdir}/frontier.png",
+      f"{export}={workdir}/beta={config.sweep.betas[-1]:g}",
+    ]
+  return [f"{export}={workdir}"]

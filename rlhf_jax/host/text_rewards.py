@@ -13,6 +13,8 @@ import numbers
 import re
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +48,25 @@ def load_function(name: str) -> Callable:
       f"it has {', '.join(names[:10]) or 'none'}"
     )
   return function
+
+
+def check_traced(name: str, function: Callable) -> None:
+  """Traces a JAX reward on two responses of three tokens.
+
+  Raises:
+    UserError: It raises, or returns anything but one number a response.
+  """
+  tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+  mask = jax.ShapeDtypeStruct((2, 3), jnp.bool_)
+  wanted = "wanted a function of (tokens [B, T], mask [B, T]) to scores [B]"
+  try:
+    scores = jax.eval_shape(function, tokens, mask)
+  except Exception as error:  # A user's function may raise anything.
+    raise errors.UserError(
+      f"{name}: raised {type(error).__name__}: {error}; {wanted}"
+    ) from error
+  if not isinstance(scores, jax.ShapeDtypeStruct) or scores.shape != (2,):
+    raise errors.UserError(f"{name}: returned {scores} for B = 2; {wanted}")
 
 
 class TextReward:

@@ -163,13 +163,18 @@ _RULES = (
   ),
   (
     "stage",
-    lambda c: not c.pipeline or _runs_ppo(c),
-    "'pipeline' or 'ppo' with the stages that config.pipeline has",
+    lambda c: not c.pipeline or c.stage != "sft",
+    "a stage that stands on those that config.pipeline has",
   ),
   (
     "policy.path",
     lambda c: c.stage != "pipeline" or not c.policy.path,
     "'' in stage 'pipeline', which makes its own; set stage='ppo'",
+  ),
+  (
+    "policy.tokenizer",
+    lambda c: not (c.policy.path and c.policy.tokenizer),
+    "'' with policy.path, whose own tokenizer is used",
   ),
   (
     "reward.path",
@@ -204,7 +209,7 @@ _MODEL_RULES = (
   ),
   (
     "data.sequence_length",
-    lambda c, m: _runs_ppo(c) or c.data.sequence_length <= m.max_length,
+    lambda c, m: c.stage != "sft" or c.data.sequence_length <= m.max_length,
     "at most the model's {m.max_length} positions",
   ),
   (

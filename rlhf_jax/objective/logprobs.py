@@ -122,8 +122,8 @@ def token_logprobs(
     logits = token_logits(hidden, head, temperature=temperature)
     # h · e_target rather than a gather from the logits: cheaper, and so is
     # its gradient, a scatter of rows.
-    chosen = head[targets].astype(hidden.dtype)
-    chosen = (hidden * chosen).sum(-1, dtype=jnp.float32) / temperature
+    chosen = head[targets].astype(hidden.dtype).astype(jnp.float32)
+    chosen = (hidden.astype(jnp.float32) * chosen).sum(-1) / temperature
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
   return _in_columns(

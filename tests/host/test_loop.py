@@ -138,13 +138,17 @@ def test_a_finished_run_does_nothing_when_resumed(tmp_path, uninterrupted):
   assert stage.recorded == [] and stage.traced == 0
 
 
-def test_a_signal_during_the_last_step_is_no_interruption(
+def test_a_signal_during_the_last_step_stops_what_would_follow(
   tmp_path, uninterrupted
 ):
+  """A pipeline must not go on to its next stage."""
   stage = Trivial(tmp_path)
   stage.at = {STEPS - 1: send(signal.SIGTERM)}
-  jax.tree.map(np.testing.assert_array_equal, stage.drive(), uninterrupted)
+  with pytest.raises(errors.Preempted):
+    stage.drive()
   assert stage.run.checkpoints.steps() == [STEPS]
+  resumed = Trivial(tmp_path).drive()
+  jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
 
 
 def test_a_second_signal_acts_as_ever(tmp_path):

@@ -191,6 +191,50 @@ def test_a_faulty_reward_function_stops_the_run(pipeline, tmp_path):
   assert not list((tmp_path / "run").rglob("checkpoints/*"))
 
 
+def scalar_reward(tokens, mask):
+  return (tokens * mask).sum()
+
+
+def raising_reward(tokens, mask):
+  raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+  "function, found",
+  [("scalar_reward", "returned ShapeDtypeStruct"), ("raising_reward", "no;")],
+)
+def test_a_faulty_jax_reward_is_named(pipeline, tmp_path, function, found):
+  """Bad inputs 41 and 42, before anything is compiled."""
+  config = shrunk(
+    ppo.get_config(),
+    f"policy.path={pipeline / 'sft'}",
+    "reward.kind=function",
+    f"reward.function={__name__}:{function}",
+  )
+  with pytest.raises(errors.UserError, match=f"{function}: .*{found}"):
+    stages.run(config, str(tmp_path / "run"), resume=False)
+
+
+def test_a_reward_model_is_no_policy(pipeline, tmp_path):
+  config = single(pipeline, f"policy.path={pipeline / 'reward_model'}")
+  with pytest.raises(errors.UserError, match="is a reward model"):
+    stages.run(config, str(tmp_path / "run"), resume=False)
+
+
+def test_resume_from_another_directory(pipeline, tmp_path, monkeypatch):
+  """The same workdir, spelled from elsewhere, is the same run."""
+  config = shrunk(quickstart.get_config(), f"sweep.betas={BETAS}")
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(pipeline, tmp_path / "copy")
+  for file in (tmp_path / "copy").rglob("config.json"):
+    text = file.read_text()
+    file.write_text(text.replace(str(pipeline), str(tmp_path / "copy")))
+  stages.run(config, "copy", resume=True)
+  before = read(pipeline / "ppo" / "beta=0" / "summary.json")["metrics"]
+  after = read(tmp_path / "copy" / "ppo" / "beta=0" / "summary.json")["metrics"]
+  assert before == after
+
+
 def test_ppo_makes_the_models_that_it_lacks(tmp_path):
   config = shrunk(ppo.get_config(), "train.steps=2")
   stages.run(config, str(tmp_path / "run"), resume=False)

@@ -101,7 +101,7 @@ BAD_FIELDS = [
   ("sweep.betas=0,-1", "config.sweep.betas: (0, -1); wanted numbers"),
   ("sweep.betas='a'", "config.sweep.betas: ('a',); wanted numbers"),
   ("sweep.betas=0.1,0.1", "config.sweep.betas: (0.1, 0.1); wanted each"),
-  ("stage=sft", "config.stage: 'sft'; wanted 'pipeline' or 'ppo'"),
+  ("stage=sft", "config.stage: 'sft'; wanted a stage that stands on"),
   ("pipeline.sft.kl.beta=-1", "config.pipeline.sft.kl.beta: -1.0"),
   ("pipeline.sft.stage=ppo", "config.pipeline.sft.stage: 'ppo'"),
   (
