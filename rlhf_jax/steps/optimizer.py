@@ -64,6 +64,23 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
   )
 
 
+def descend(
+  optimizer: optax.GradientTransformation,
+  state: types.TrainState,
+  gradient: types.Params,
+) -> types.TrainState:
+  """The state after one update of a step that is one update."""
+  updates, optimizer_state = optimizer.update(
+    gradient, state.optimizer, state.params
+  )
+  return dataclasses.replace(
+    state,
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    optimizer=optimizer_state,
+  )
+
+
 def _is_weight(params: types.Params):
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key in ("kernel", "tokens"), params

@@ -17,6 +17,7 @@ import optax
 from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import preference_loss
+from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import rewards
 
 
@@ -67,15 +68,7 @@ def make_step(
 
   def step(state, pairs):
     gradient, scalars = jax.grad(loss, has_aux=True)(state.params, pairs)
-    updates, optimizer_state = optimizer.update(
-      gradient, state.optimizer, state.params
-    )
-    state = types.TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      optimizer=optimizer_state,
-      beta=state.beta,
-    )
+    state = optimizer_lib.descend(optimizer, state, gradient)
     grad_norm = optax.global_norm(gradient)
     return state, scalars | {"reward_model/grad_norm": grad_norm}
 

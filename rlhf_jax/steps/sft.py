@@ -18,6 +18,7 @@ import optax
 from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import logprobs, masking
+from rlhf_jax.steps import optimizer as optimizer_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +72,7 @@ def make_step(
     loss, gradient = jax.value_and_grad(negative_log_likelihood)(
       state.params, batch, config
     )
-    updates, optimizer_state = optimizer.update(
-      gradient, state.optimizer, state.params
-    )
-    state = types.TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      optimizer=optimizer_state,
-      beta=state.beta,
-    )
+    state = optimizer_lib.descend(optimizer, state, gradient)
     grad_norm = optax.global_norm(gradient)
     return state, {"sft/loss": loss, "sft/grad_norm": grad_norm}
 
