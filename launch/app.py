@@ -17,6 +17,7 @@ names the field in full.
 """
 
 from collections.abc import Callable, Sequence
+import os
 import re
 import sys
 import traceback
@@ -83,6 +84,8 @@ def run(
     if not values.verbose:
       # absl has just turned INFO on, and with it the libraries' chatter.
       logging.set_verbosity(logging.WARNING)
+      # transformers advises to install torch, which nothing here needs.
+      os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return exit_code(lambda: main(values))
 
   app.run(main_or_code, flags_parser=parse_or_exit)
