@@ -46,22 +46,8 @@ def reduced() -> ConfigDict:
   config.controllers = ("pi",)
   config.targets = (1.0,)
   config.last = 2
-  shrink(config.training)
+  studies.shrink(config.training)
   return config
-
-
-def shrink(training: ConfigDict) -> None:
-  """Makes PPO, and what comes before it, a matter of seconds."""
-  for stage in (training, *training.pipeline.values()):
-    stage.model.width = 16
-    stage.model.layers = 1
-    stage.model.heads = stage.model.kv_heads = 2
-    stage.model.head_size = 8
-    stage.model.mlp_width = 16
-    stage.rollout.response_length = 8
-    stage.data.size = 64
-    stage.train.batch_size = 16
-    stage.train.steps = 4
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,7 +14,6 @@ is noise (−0.036 to 0.022 s).
 from ml_collections import ConfigDict
 
 from configs import defaults, ppo, studies
-from configs.studies import beta_control
 
 
 def full() -> ConfigDict:
@@ -48,7 +47,7 @@ def reduced() -> ConfigDict:
   config.seeds = 2
   config.last = 2
   config.window = 2
-  beta_control.shrink(config.training)
+  studies.shrink(config.training)
   return config
 
 

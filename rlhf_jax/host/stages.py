@@ -42,13 +42,20 @@ def run(config: ConfigDict, workdir: str, *, resume: bool) -> None:
       _pipeline(config, opened, resume=resume, console=console)
     else:
       config = _with_prerequisites(config, opened, resume, console)
-      _run_stage(config, opened, resume=resume, console=console)
+      run_stage(config, opened, resume=resume, console=console)
     console.print(f"\nResults: {workdir}", markup=False, soft_wrap=True)
     for line in _next_commands(config, workdir):
       console.print(f"Next:    {line}", markup=False, soft_wrap=True)
 
 
-def _run_stage(config, workdir, *, resume, console) -> dict[str, Any]:
+def run_stage(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  *,
+  resume: bool,
+  console: rich_console.Console,
+) -> dict[str, Any]:
+  """Runs one stage, whose models exist, and returns its summary."""
   if config.stage == "sft":
     return sft_stage.run(config, workdir, console=console)
   if config.stage == "reward_model":
@@ -79,7 +86,7 @@ def _make(config, workdir, name, resume, console) -> pathlib.Path:
   """Runs a stage in a sub-workdir, unless it has finished there."""
   with workdir.sub(name, config.to_dict(), resume=resume) as opened:
     if not (opened.path / "summary.json").exists():
-      _run_stage(config, opened, resume=resume, console=console)
+      run_stage(config, opened, resume=resume, console=console)
     # Absolute: a resumed run may be called from elsewhere.
     return opened.path.absolute()
 
@@ -94,7 +101,7 @@ def _pipeline(config, workdir, *, resume, console) -> None:
   with last.unlocked():
     last.pipeline = ConfigDict()
   with workdir.sub("ppo", last.to_dict(), resume=resume) as opened:
-    _run_stage(last, opened, resume=resume, console=console)
+    run_stage(last, opened, resume=resume, console=console)
   summaries = {
     name: json.loads((workdir.path / name / "summary.json").read_text())
     for name in (*_NEEDS["ppo"].values(), "ppo")

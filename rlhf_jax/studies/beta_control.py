@@ -187,16 +187,11 @@ def of_free(controller: str, rows: toy_runs.Rows, *, last: int) -> Free:
 def verdict(held: list[Held], *, tolerance: float) -> str:
   """The rule: within the tolerance of every target, for all or for some."""
   names = dict.fromkeys(row.controller for row in held)
-  good = [
-    name
+  within = {
+    name: all(abs(r.off) <= tolerance for r in held if r.controller == name)
     for name in names
-    if all(abs(r.off) <= tolerance for r in held if r.controller == name)
-  ]
-  if len(good) == len(names):
-    return study.HOLDS
-  if good:
-    return study.holds_when(f"the controller is {' or '.join(good)}")
-  return study.DOES_NOT_HOLD
+  }
+  return study.verdict(within, "the controller is")
 
 
 def _runs(config: ConfigDict) -> dict[str, ConfigDict]:

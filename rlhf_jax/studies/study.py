@@ -12,7 +12,7 @@ that takes long keeps what is done in sub-workdirs (`workdir.sub`, always with
 `resume=True`: this workdir is its own), so that `--resume` goes on with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import importlib
 import json
 import math
@@ -74,6 +74,19 @@ class Outcome(NamedTuple):
 def holds_when(condition: str) -> str:
   """The verdict on a claim that is true under a condition."""
   return f"{HOLDS} when {condition}"
+
+
+def verdict(conditions: Mapping[str, bool], what: str) -> str:
+  """The rule that most studies share: true always, under conditions, or never.
+
+  Args:
+    conditions: Whether the claim is true, by the condition's name.
+    what: Whose names these are, such as "β is".
+  """
+  true = [name for name, holds in conditions.items() if holds]
+  if len(true) == len(conditions):
+    return HOLDS
+  return holds_when(f"{what} {' or '.join(true)}") if true else DOES_NOT_HOLD
 
 
 def require(

@@ -1,16 +1,16 @@
 """Training runs on the built-in language: many PPOs from one beginning.
 
 A study's `config.training` is a complete config of stage `ppo`, with the SFT
-and the reward model that come before it. The study names its runs and sets in
-each the fields that it varies; every run starts from the same SFT policy and is
-scored by the same reward model. Each is a sub-workdir, and one that has ended
-is not done again.
+and the reward model that come before it (`start`). The study names its runs and
+sets in each the fields that it varies. Each run is a sub-workdir, and one that
+has ended is not done again (`made`). Runs that differ in β and seed alone are
+one sweep, whose members are trained in one compiled program (`members`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -19,11 +19,29 @@ from rich import console as rich_console
 from rich import text as rich_text
 
 from rlhf_jax import errors
-from rlhf_jax.host import ppo_stage, reward_model_stage, sft_stage, validate
+from rlhf_jax.host import stages, validate
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.studies import study
 
 Rows = Sequence[Mapping[str, int | float]]
+
+
+class Start(NamedTuple):
+  """What the runs begin with: two workdirs, and the policy's own gold."""
+
+  policy: pathlib.Path
+  reward: pathlib.Path
+  gold: float
+
+
+class Member(NamedTuple):
+  """A member of a sweep; `rows` are its metrics, a row a step."""
+
+  beta: float
+  seed: int
+  path: pathlib.Path
+  rows: Rows
+
 
 # What a study of this kind stands on; a fixed field is no choice of its user.
 _FIXED = {
@@ -74,57 +92,92 @@ def check(
       raise errors.UserError(f"{line} (run {name})") from error
 
 
+def start(
+  training: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+) -> Start:
+  """The SFT policy and its reward model, made where they do not exist yet."""
+  sft = training.pipeline.sft.copy_and_resolve_references()
+  policy = made("sft", sft, workdir, console)
+  reward_model = varied(
+    training.pipeline.reward_model, {"policy.path": str(policy)}
+  )
+  reward = made("reward_model", reward_model, workdir, console)
+  return Start(policy, reward, summary(policy)["metrics"]["reward/gold"])
+
+
 def run(
   training: ConfigDict,
   runs: Mapping[str, ConfigDict],
   workdir: workdir_lib.Workdir,
   console: rich_console.Console,
 ) -> tuple[float, dict[str, Rows]]:
-  """Does what has not been done yet.
+  """Does what has not been done yet; the runs are single, and no sweeps.
 
   Returns:
     The SFT policy's gold reward, and each run's metrics, a row a step.
   """
-  sft = training.pipeline.sft.copy_and_resolve_references()
-  policy = _ended(
-    "sft",
-    sft,
-    workdir,
-    console,
-    lambda opened: sft_stage.run(sft, opened, console=console),
-  )
-  reward_model = varied(
-    training.pipeline.reward_model, {"policy.path": str(policy)}
-  )
-  reward = _ended(
-    "reward_model",
-    reward_model,
-    workdir,
-    console,
-    lambda opened: reward_model_stage.run(
-      reward_model, opened, console=console
-    ),
-  )
+  begun = start(training, workdir, console)
   metrics = {}
   for number, (name, config) in enumerate(runs.items(), start=1):
-    config = varied(
-      config, {"policy.path": str(policy), "reward.path": str(reward)}
-    )
-    with config.unlocked():
-      config.pipeline = ConfigDict()
-    path = _ended(
-      name,
-      config,
-      workdir,
-      console,
-      lambda opened, config=config: ppo_stage.run(
-        config, opened, resume=True, console=console
-      ),
-      f" ({number} of {len(runs)})",
-    )
+    note = f" ({number} of {len(runs)})"
+    path = made(name, from_start(config, begun), workdir, console, note)
     metrics[name] = workdir_lib.read_metrics(path)
-  summary = json.loads((policy / "summary.json").read_text())
-  return summary["metrics"]["reward/gold"], metrics
+  return begun.gold, metrics
+
+
+def from_start(config: ConfigDict, begun: Start) -> ConfigDict:
+  """A run's config that begins at the policy and has the reward model."""
+  return varied(
+    config,
+    {"policy.path": str(begun.policy), "reward.path": str(begun.reward)},
+  )
+
+
+def made(
+  name: str,
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+  note: str = "",
+) -> pathlib.Path:
+  """The sub-workdir of a run, after running it where it has not ended.
+
+  Args:
+    name: Of the sub-workdir; may have slashes.
+    config: Of any stage but `pipeline`, the paths of its models set.
+    workdir: The study's.
+    console: Where progress goes.
+    note: Shown after the name.
+  """
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.pipeline = ConfigDict()
+  with workdir.sub(name, config.to_dict(), resume=True) as opened:
+    if not (opened.path / "summary.json").exists():
+      console.print(rich_text.Text(f"{name}{note}"))
+      stages.run_stage(config, opened, resume=True, console=console)
+    # Absolute: a resumed study may be called from elsewhere.
+    return opened.path.absolute()
+
+
+def summary(path: pathlib.Path) -> dict[str, Any]:
+  """What a run that has ended says of itself."""
+  return json.loads((path / "summary.json").read_text())
+
+
+def members(path: pathlib.Path) -> list[Member]:
+  """The members of a sweep that has ended, in its order."""
+  return [
+    Member(
+      member["beta"],
+      member["seed"],
+      path / member["workdir"],
+      workdir_lib.read_metrics(path / member["workdir"]),
+    )
+    for member in summary(path)["members"]
+  ]
 
 
 def column(rows: Rows, name: str) -> np.ndarray:
@@ -138,20 +191,3 @@ def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
   means = (sums[window:] - sums[:-window]) / window
   missing = np.full(min(window - 1, len(values)), np.nan)
   return np.concatenate([missing, means])
-
-
-def _ended(
-  name: str,
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-  stage: Callable[[workdir_lib.Workdir], Any],
-  note: str = "",
-) -> pathlib.Path:
-  """The sub-workdir of a stage, after running it where it has not ended."""
-  with workdir.sub(name, config.to_dict(), resume=True) as opened:
-    if not (opened.path / "summary.json").exists():
-      console.print(rich_text.Text(f"{name}{note}"))
-      stage(opened)
-    # Absolute: a resumed study may be called from elsewhere.
-    return opened.path.absolute()

@@ -177,6 +177,7 @@ def test_resume_does_what_is_missing(workdir, monkeypatch):
   def again(config, opened, *, resume, console):
     done.append((opened.path.name, resume))
     opened.write_summary(summary)
+    return summary
 
   monkeypatch.setattr(ppo_stage, "run", again)
   before = (workdir / "study.json").read_text()
