@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   """A complete config of a small Llama-like PPO run."""
   config = ConfigDict()
-  config.stage = "ppo"  # pipeline, sft, reward_model, ppo
+  config.stage = "ppo"  # pipeline, sft, reward_model, ppo, dpo, evaluate
   config.seed = 0
 
   # The network, where it starts at random; a model that is loaded brings its
@@ -119,6 +119,16 @@ def get_config() -> ConfigDict:
   config.ppo.gae_lambda = 0.95  # gae
   config.ppo.whiten_advantages = True  # by the batch; rloo and grpo, too
 
+  config.dpo = ConfigDict()
+  # dpo, conservative, robust, ipo, kto, simpo, chi_po; β is kl.beta, of simpo
+  # in reward units per nat per token.
+  config.dpo.loss = "dpo"
+  config.dpo.label_smoothing = 0.0  # conservative, robust: share of flips
+  config.dpo.margin = 0.5  # simpo: reward units
+  config.dpo.desirable_weight = 1.0  # kto
+  config.dpo.undesirable_weight = 1.0  # kto
+  config.dpo.reward_bound = 10.0  # chi_po: range of the reward, reward units
+
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule = "constant"  # constant, linear, cosine
@@ -132,6 +142,12 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict()
   config.data.path = ""  # .jsonl or .txt; '': the built-in language
   config.data.size = 4096  # the built-in language: texts, or pairs
+  config.data.language = "reviews"  # notes, reviews, essays, by length
+  # The class of the first word of this stage's texts and prompts: determiner,
+  # pronoun, person; '': any.
+  config.data.opening = ""
+  # Reward units; the judge of pairs prefers by σ(Δgold / temperature).
+  config.data.judge_temperature = 1.0
   config.data.sequence_length = 64  # tokens of a packed row (sft)
   config.data.heldout_fraction = 0.1
 
@@ -150,10 +166,21 @@ def get_config() -> ConfigDict:
   config.checkpoint.keep = 2  # newest checkpoints that stay on disk
 
   # What a pipeline runs first, each a complete config of its own, in
-  # sub-workdirs; and the penalties that its PPO runs at once ((): kl.beta).
+  # sub-workdirs.
   config.pipeline = ConfigDict()
+
+  # PPO under every one of these β with every one of these seeds, at once.
   config.sweep = ConfigDict()
-  config.sweep.betas = ()
+  config.sweep.betas = ()  # (): kl.beta
+  config.sweep.seeds = ()  # (): seed
+  config.sweep.members_at_once = 0  # 0: as many as memory holds
+
+  # What a policy is measured on.
+  config.evaluate = ConfigDict()
+  config.evaluate.prompts = 512  # held out; or all rows of a smaller data.path
+  config.evaluate.against = ""  # whom it is to beat: a model; '': the reference
+  config.evaluate.best_of = 0  # samples to a prompt, for best-of-n; 0: off
+  config.evaluate.corpora = ()  # files of texts whose NLL is taken, 'A','B'
 
   config.lock()  # A config file that misspells a field is refused, too.
   config.pipeline.unlock()
@@ -189,9 +216,12 @@ def parse(
 def add_stage(config: ConfigDict, name: str, stage_config: ConfigDict) -> None:
   """Lets `config` make what it stands on; one seed and one network for both.
 
-  The stage's seed and network follow `config`, unless they are set.
+  The stage's seed and network follow `config`, unless they are set; so do the
+  built-in language and its judge.
   """
   stage_config.seed = config.get_ref("seed").identity()
+  for field in ("language", "judge_temperature"):
+    stage_config.data[field] = config.data.get_ref(field).identity()
   for field in config.model:
     stage_config.model[field] = config.model.get_ref(field).identity()
   config.pipeline[name] = stage_config

@@ -22,7 +22,13 @@ def is_number(value: Any) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _betas(config: ConfigDict) -> tuple[int | float, ...]:
+def is_sweep(config: ConfigDict) -> bool:
+  """Whether PPO runs under several β or seeds at once."""
+  return bool(config.sweep.betas or config.sweep.seeds)
+
+
+def betas(config: ConfigDict) -> tuple[int | float, ...]:
+  """Every β that the config's PPO begins with."""
   return config.sweep.betas or (config.kl.beta,)
 
 
@@ -57,7 +63,7 @@ _TO_A_TARGET = ("ziegler", "pi", "dual")
 
 # Fields that name one of a few things, and these.
 CHOICES = {
-  "stage": ("pipeline", "sft", "reward_model", "ppo"),
+  "stage": ("pipeline", "sft", "reward_model", "ppo", "dpo", "evaluate"),
   "model.norm": ("rms", "layer"),
   "model.positions": ("rope", "learned"),
   "model.activation": ("swiglu", "gelu"),
@@ -68,7 +74,13 @@ CHOICES = {
   "kl.controller": ("fixed", "schedule", *_TO_A_TARGET, "trust"),
   "kl.schedule.shape": ("linear", "cosine", "exponential"),
   "ppo.advantages": ("gae", "rloo", "grpo", "reinforce_pp"),
+  "dpo.loss": (
+    *("dpo", "conservative", "robust", "ipo"),
+    *("kto", "simpo", "chi_po"),
+  ),
   "optimizer.schedule": ("constant", "linear", "cosine"),
+  "data.language": ("reviews", "notes", "essays"),
+  "data.opening": ("", "determiner", "pronoun", "person"),
 }
 
 
@@ -89,12 +101,16 @@ RANGES = (
     " data.size train.steps train.batch_size train.samples_every mesh.fsdp"
     " mesh.tensor checkpoint.every checkpoint.keep",
   ),
-  ("at least 2", lambda x: x >= 2, "data.sequence_length"),
+  (
+    "at least 2",
+    lambda x: x >= 2,
+    "data.sequence_length evaluate.prompts",
+  ),
   (
     "at least 0",
     lambda x: x >= 0,
     "model.vocab_size model.unroll rollout.top_k optimizer.warmup_steps"
-    " kl.schedule.steps",
+    " kl.schedule.steps sweep.members_at_once evaluate.best_of",
   ),
   ("-1 (the rest) or at least 1", lambda x: x == -1 or x >= 1, "mesh.data"),
   (
@@ -107,16 +123,18 @@ RANGES = (
     lambda x: 0 < x < math.inf,
     "model.norm_epsilon model.rope_theta rollout.temperature"
     " ppo.value_clip_epsilon optimizer.learning_rate optimizer.epsilon"
-    " optimizer.max_grad_norm",
+    " dpo.desirable_weight dpo.undesirable_weight dpo.reward_bound"
+    " optimizer.max_grad_norm data.judge_temperature",
   ),
   (
     "finite and at least 0",
     lambda x: 0 <= x < math.inf,
-    "kl.beta kl.target ppo.value_coefficient optimizer.weight_decay",
+    "kl.beta kl.target ppo.value_coefficient optimizer.weight_decay dpo.margin",
   ),
   ("in (0, 1)", lambda x: 0 < x < 1, "ppo.clip_epsilon data.heldout_fraction"),
   ("in (0, 1]", lambda x: 0 < x <= 1, "rollout.top_p"),
   ("in [0, 1)", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
+  ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "dpo.label_smoothing"),
   (
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
@@ -148,13 +166,33 @@ RULES = (
   ),
   (
     "sweep.betas",
-    lambda c: len(set(c.sweep.betas)) == len(c.sweep.betas),
+    # Workdirs are named after six digits.
+    lambda c: len({f"{b:g}" for b in c.sweep.betas}) == len(c.sweep.betas),
     "each β once",
   ),
   (
     "sweep.betas",
-    lambda c: not c.sweep.betas or runs_ppo(c),
+    lambda c: not is_sweep(c) or runs_ppo(c),
     "() in stage {c.stage!r}, which has no penalty",
+  ),
+  (
+    "sweep.seeds",
+    lambda c: all(
+      isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32
+      for s in c.sweep.seeds
+    ),
+    "integers in [0, 2**32)",
+  ),
+  (
+    "sweep.seeds",
+    lambda c: len(set(c.sweep.seeds)) == len(c.sweep.seeds),
+    "each seed once",
+  ),
+  (
+    "sweep.seeds",
+    lambda c: not c.sweep.seeds or c.policy.path or "sft" in c.pipeline,
+    "() for a policy that starts at random: members share where they begin;"
+    " set policy.path",
   ),
   (
     "optimizer.warmup_steps",
@@ -201,8 +239,7 @@ RULES = (
   (
     "kl.beta",
     lambda c: (
-      c.kl.controller not in ("ziegler", "pi")
-      or min(_betas(c)) >= c.kl.beta_min
+      c.kl.controller not in ("ziegler", "pi") or min(betas(c)) >= c.kl.beta_min
     ),
     "every β (sweep.betas={c.sweep.betas}) at least"
     " kl.beta_min={c.kl.beta_min}: {c.kl.controller} multiplies it",
@@ -210,15 +247,13 @@ RULES = (
   (
     "kl.beta",
     lambda c: (
-      c.kl.controller not in _TO_A_TARGET or max(_betas(c)) <= c.kl.beta_max
+      c.kl.controller not in _TO_A_TARGET or max(betas(c)) <= c.kl.beta_max
     ),
     "every β (sweep.betas={c.sweep.betas}) at most kl.beta_max={c.kl.beta_max}",
   ),
   (
     "kl.beta",
-    lambda c: (
-      c.kl.controller != "trust" or min(_betas(c)) > c.kl.trust.beta_min
-    ),
+    lambda c: c.kl.controller != "trust" or min(betas(c)) > c.kl.trust.beta_min,
     "every β (sweep.betas={c.sweep.betas}) above"
     " kl.trust.beta_min={c.kl.trust.beta_min}, to which trust relaxes it",
   ),
@@ -230,6 +265,24 @@ RULES = (
     "one that needs no reliability: 'trust' measures it by the gold reward of"
     " the built-in language (no data.path) or by the members of"
     " reward.ensemble",
+  ),
+  (
+    "kl.beta",
+    lambda c: c.stage != "dpo" or c.kl.beta > 0,
+    "above 0 in stage 'dpo': without β its loss does not see the policy",
+  ),
+  (
+    "kl.controller",
+    lambda c: c.stage != "dpo" or c.kl.controller == "fixed",
+    "'fixed' in stage 'dpo', whose β is a constant of its loss",
+  ),
+  (
+    "dpo.label_smoothing",
+    lambda c: (
+      (c.dpo.label_smoothing > 0) == (c.dpo.loss in ("conservative", "robust"))
+    ),
+    "the share of labels that are flipped, above 0, with dpo.loss="
+    "'conservative' or 'robust', and 0 with any other (here {c.dpo.loss!r})",
   ),
   (
     "ppo.group_size",
@@ -314,13 +367,18 @@ RULES = (
   ),
   (
     "stage",
-    lambda c: not c.pipeline or c.stage != "sft",
+    lambda c: not c.pipeline or c.stage not in ("sft", "evaluate"),
     "a stage that stands on those that config.pipeline has",
   ),
   (
     "policy.path",
     lambda c: c.stage != "pipeline" or not c.policy.path,
     "'' in stage 'pipeline', which makes its own; set stage='ppo'",
+  ),
+  (
+    "policy.path",
+    lambda c: c.stage != "evaluate" or c.policy.path,
+    "the policy that is measured: a workdir or a Hugging Face directory",
   ),
   (
     "policy.tokenizer",
@@ -331,6 +389,29 @@ RULES = (
     "reward.path",
     lambda c: c.stage != "pipeline" or not c.reward.path,
     "'' in stage 'pipeline', which makes its own; set stage='ppo'",
+  ),
+  (
+    "data.language",
+    lambda c: not c.data.path or c.data.language == "reviews",
+    "'reviews', the default, with data.path, whose texts are in no built-in"
+    " language",
+  ),
+  (
+    "data.opening",
+    lambda c: not (c.data.path and c.data.opening),
+    "'' with data.path, whose texts begin as they do",
+  ),
+  (
+    "data.judge_temperature",
+    lambda c: not c.data.path or c.data.judge_temperature == 1,
+    "1 with data.path, whose pairs are judged already",
+  ),
+  (
+    "data.language",
+    lambda c: all(
+      part.data.language == c.data.language for part in c.pipeline.values()
+    ),
+    "one language for all of config.pipeline; set config.data.language only",
   ),
   (
     "model.heads",
@@ -360,7 +441,10 @@ MODEL_RULES = (
   ),
   (
     "data.sequence_length",
-    lambda c, m: c.stage != "sft" or c.data.sequence_length <= m.max_length,
+    lambda c, m: (
+      c.stage not in ("sft", "evaluate")
+      or c.data.sequence_length <= m.max_length
+    ),
     "at most the model's {m.max_length} positions",
   ),
   (

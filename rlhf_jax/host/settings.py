@@ -1,5 +1,7 @@
 """From the config's fields to the settings that the steps are compiled with."""
 
+import math
+
 import jax
 from ml_collections import ConfigDict
 
@@ -8,14 +10,22 @@ from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.objective import beta, kl
 from rlhf_jax.steps import optimizer, ppo, rollout, sharding
 
+LOGITS = 2**24  # 64 MiB of float32.
 
-def mesh(config: ConfigDict) -> jax.sharding.Mesh:
-  """The mesh; a `data` of −1 takes the devices that the others leave."""
+
+def mesh(config: ConfigDict, *, members: int = 1) -> jax.sharding.Mesh:
+  """The mesh; a `data` of −1 takes the devices that the others leave.
+
+  Of these a sweep's members take as many as divide them: policies that know
+  nothing of each other need no communication.
+  """
   fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
-  data = config.mesh.data
+  data, member = config.mesh.data, 1
   if data == -1:
-    data = jax.device_count() // (fsdp * tensor)
-  return sharding.make_mesh(data, fsdp, tensor)
+    rest = jax.device_count() // (fsdp * tensor)
+    member = math.gcd(rest, members)
+    data = rest // member
+  return sharding.make_mesh(data, fsdp, tensor, member=member)
 
 
 def optimizer_config(
@@ -50,14 +60,16 @@ def ppo_config(
   config: ConfigDict,
   pretrained: pretrained_lib.Pretrained,
   reference: pretrained_lib.Pretrained,
+  *,
+  members: int = 1,
 ) -> ppo.PPOConfig:
-  """The step's static settings."""
+  """The static settings of a step, of which `members` run at once."""
   return ppo.PPOConfig(
     model=pretrained.model,
     rollout=rollout_config(config, pretrained),
     reference=reference.model,
     penalty=kl.PENALTIES[config.kl.gradient, config.kl.estimator],
-    logits_per_chunk=logits_per_chunk(config),
+    logits_per_chunk=logits_per_chunk(config, members=members),
     **config.ppo.to_dict(),
   )
 
@@ -94,6 +106,6 @@ def _controller(name: str, fields: ConfigDict, steps: int) -> beta.Controller:
   raise ValueError(name)
 
 
-def logits_per_chunk(config: ConfigDict) -> int:
-  """Logits that may exist at once: 64 MiB of float32 on each device."""
-  return 2**24 * mesh(config).size
+def logits_per_chunk(config: ConfigDict, *, members: int = 1) -> int:
+  """Logits of a member that may exist at once: `LOGITS` on each device."""
+  return max(1, LOGITS * mesh(config).size // members)

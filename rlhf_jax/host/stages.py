@@ -14,11 +14,14 @@ from ml_collections import ConfigDict
 from rich import console as rich_console
 
 from rlhf_jax.host import (
+  dpo_stage,
   figures,
   ppo_stage,
   reward_model_stage,
+  rules,
   sampling,
   sft_stage,
+  sweep,
 )
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import workdir as workdir_lib
@@ -29,6 +32,7 @@ _NEEDS = {
   "sft": {},
   "reward_model": {"policy": "sft"},
   "ppo": {"policy": "sft", "reward": "reward_model"},
+  "dpo": {"policy": "sft"},
 }
 
 
@@ -60,10 +64,13 @@ def run_stage(
     return sft_stage.run(config, workdir, console=console)
   if config.stage == "reward_model":
     return reward_model_stage.run(config, workdir, console=console)
-  summary = ppo_stage.run(config, workdir, resume=resume, console=console)
-  if summary["stage"] == "sweep":
-    figures.print_members(console, summary["members"])
-    figures.plot_members(workdir.path, summary["members"])
+  if config.stage == "dpo":
+    return dpo_stage.run(config, workdir, console=console)
+  if not rules.is_sweep(config):
+    return ppo_stage.run(config, workdir, console=console)
+  summary = sweep.run(config, workdir, resume=resume, console=console)
+  figures.print_members(console, summary["members"])
+  figures.plot_members(workdir.path, summary["members"])
   return summary
 
 
@@ -149,24 +156,30 @@ def _score_start(config) -> None:
 def _next_commands(config, workdir) -> list[str]:
   """What a person may want to do with the results."""
   train = "python -m launch.train --config=configs"
-  files = " --config.data.path=FILE.jsonl" if config.data.path else ""
+  source = ""
+  if config.data.path:
+    source = " --config.data.path=FILE.jsonl"
+  elif config.data.language != "reviews":
+    source = f" --config.data.language={config.data.language}"
   export = "python -m launch.export --output=DIR --workdir"
   if config.stage == "pipeline":
     return [
       f"open {workdir}/ppo/frontier.png",
       f"{train}/ppo.py --config.policy.path={workdir}/sft "
       f"--config.reward.path={workdir}/reward_model --config.kl.beta=0.01 "
-      f"--workdir={workdir}-beta0.01",
+      f"--workdir={workdir}-beta0.01{source}",
     ]
   if config.stage == "sft":
     return [
       f"{train}/reward_model.py --config.policy.path={workdir} "
-      f"--workdir={workdir}-reward_model{files}"
+      f"--workdir={workdir}-reward_model{source}",
+      f"{train}/dpo.py --config.policy.path={workdir} "
+      f"--workdir={workdir}-dpo{source}",
     ]
   if config.stage == "reward_model":
     return [
       f"{train}/ppo.py --config.policy.path={config.policy.path} "
-      f"--config.reward.path={workdir} --workdir={workdir}-ppo{files}"
+      f"--config.reward.path={workdir} --workdir={workdir}-ppo{source}"
     ]
   if config.sweep.betas:
     return [

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax import errors, types
 
 AXES = (*types.BATCH_AXES, types.MODEL_AXIS)
+MEMBER_AXIS = "member"  # Of a sweep's mesh, in front of the others.
 
 # Axes of each parameter: see the docstring of models/transformer.py.
 RULES = (
@@ -39,14 +40,20 @@ RULES = (
 )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-  """A mesh `data × fsdp × tensor` over the first devices that it needs."""
-  shape = (data, fsdp, tensor)
+def make_mesh(data: int, fsdp: int, tensor: int, *, member: int = 1) -> Mesh:
+  """A mesh `data × fsdp × tensor` over the first devices that it needs.
+
+  With `member` above 1 it has an axis `member` in front, which divides a
+  sweep's members and nothing else.
+  """
+  shape, axes = (data, fsdp, tensor), AXES
+  if member > 1:
+    shape, axes = (member, *shape), (MEMBER_AXIS, *AXES)
   # Auto: make_mesh defaults to Explicit axes, under which a sharding
   # constraint inside a step is an error.
-  auto = (AxisType.Auto,) * len(AXES)
+  auto = (AxisType.Auto,) * len(axes)
   devices = jax.devices()[: math.prod(shape)]
-  return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+  return jax.make_mesh(shape, axes, axis_types=auto, devices=devices)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -77,17 +84,18 @@ def shardings(tree: Any, mesh: Mesh, *, leading: int = 0) -> Any:
   Args:
     tree: Arrays or their shapes.
     mesh: From `make_mesh`.
-    leading: Axes before the parameter's own, such as a sweep's members;
-      they are not divided.
+    leading: Axes before the parameter's own: 1 in a sweep, whose members
+      the mesh's `member` axis divides, if it has one.
 
   Raises:
     UserError: A dimension is not a multiple of the axes that divide it.
   """
+  members = _members_spec(mesh, leading)
 
   def sharding(path, leaf):
     name = path_name(path)
     if leaf.ndim == leading:
-      return NamedSharding(mesh, P())
+      return NamedSharding(mesh, P(*members))
     spec = spec_of(name)
     for size, axes in zip(leaf.shape[leading:], spec):
       axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -97,16 +105,23 @@ def shardings(tree: Any, mesh: Mesh, *, leading: int = 0) -> Any:
           f"config.mesh: {' × '.join(axes)} = {parts} does not divide "
           f"{size}, an axis of {name} {leaf.shape}; choose a divisor"
         )
-    return NamedSharding(mesh, P(*[None] * leading, *spec))
+    return NamedSharding(mesh, P(*members, *spec))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over data and fsdp."""
-  return NamedSharding(mesh, P(types.BATCH_AXES))
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+  """Rows over data and fsdp; `leading` as in `shardings`."""
+  members = _members_spec(mesh, leading)
+  return NamedSharding(mesh, P(*members, types.BATCH_AXES))
 
 
-def place_batch(batch: Any, mesh: Mesh) -> Any:
+def place_batch(batch: Any, mesh: Mesh, *, leading: int = 0) -> Any:
   """Puts a host batch on the mesh, its rows divided."""
-  return jax.device_put(batch, batch_sharding(mesh))
+  return jax.device_put(batch, batch_sharding(mesh, leading=leading))
+
+
+def _members_spec(mesh: Mesh, leading: int) -> list[str | None]:
+  """How the axes before an array's own are divided."""
+  divides = MEMBER_AXIS in mesh.axis_names
+  return [MEMBER_AXIS if divides else None] * leading

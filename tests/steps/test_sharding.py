@@ -118,7 +118,7 @@ def test_sizes_that_do_not_divide_are_the_users_to_mend():
     sharding.shardings(tree, sharding.make_mesh(2, 2, 2))
 
 
-def test_leading_axes_are_not_divided():
+def test_only_members_divide_leading_axes():
   mesh = sharding.make_mesh(2, 2, 2)
   leaf = jax.ShapeDtypeStruct((3, 16, 8), jnp.float32)
   scalar = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -127,7 +127,8 @@ def test_leading_axes_are_not_divided():
     lambda x: x.spec, sharding.shardings(tree, mesh, leading=1)
   )
   wanted = PartitionSpec(None, "tensor", "fsdp")
-  assert specs == {"embedding": {"tokens": wanted}, "beta": PartitionSpec()}
+  scalar = PartitionSpec(None)
+  assert specs == {"embedding": {"tokens": wanted}, "beta": scalar}
 
 
 def test_mesh_allows_constraints_inside_a_step():

@@ -1,0 +1,133 @@
+"""A sweep: PPO under many β and seeds, and what came out of it.
+
+Members share the reference and the reward model and are trained in one
+compiled program, in chunks where memory is short; a chunk that has ended is
+not done again. A member equals the single run with its β and its seed, but for
+the rounding of batched sums: its first step to about 1e-5, and later ones as
+far as sampling carries a last bit.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import itertools
+import json
+import os
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich import console as rich_console
+
+from rlhf_jax.host import ppo_stage, rules, settings
+from rlhf_jax.host import workdir as workdir_lib
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  *,
+  resume: bool,
+  console: rich_console.Console,
+) -> dict[str, Any]:
+  """Trains the members in sub-workdirs, and returns the sweep's summary."""
+  began = time.monotonic()
+  models = ppo_stage.load(config)
+  with contextlib.ExitStack() as stack:
+    members = _members(config, workdir, resume, stack)
+    size = config.sweep.members_at_once or most_members(config, models)
+    for chunk in chunks(members, size):
+      if not all(_has_ended(member) for member in chunk):
+        ppo_stage.train(
+          models,
+          chunk,
+          workdir.path / "checkpoints" / _name(chunk),
+          stacked=True,
+          console=console,
+        )
+    summary = {
+      "stage": "sweep",
+      "wall_s": time.monotonic() - began,
+      "members": [_summary(member, workdir) for member in members],
+    }
+  workdir.write_summary(summary)
+  return summary
+
+
+def chunks(members: Sequence[Any], size: int) -> list[Sequence[Any]]:
+  """As few chunks of at most `size` as can be, as equal as can be."""
+  count = -(-len(members) // size)
+  ends = [len(members) * i // count for i in range(count + 1)]
+  return [members[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def most_members(config: ConfigDict, models: ppo_stage.Models) -> int:
+  """How many members fit the devices' memory at once, at least one.
+
+  A member has parameters, two moments, a gradient and an update; a cache of
+  keys and values; what the backward pass keeps, some 16 arrays of the width a
+  layer. An estimate, and half of the memory is left free;
+  `sweep.members_at_once` says it better where it fails.
+  """
+  model = models.policy.model
+  size = sum(x.size for x in jax.tree.leaves(models.policy.params))
+  tokens = config.rollout.prompt_length + config.rollout.response_length
+  tokens *= config.train.batch_size
+  cache = 2 * tokens * model.layers * model.kv_heads * model.head_size
+  pieces = config.ppo.minibatches * config.ppo.microbatches
+  kept = 16 * tokens // pieces * model.layers * model.width
+  logits = 3 * min(tokens * model.vocab_size, settings.LOGITS)
+  needed = 4 * (5 * size + cache + kept + logits)
+  return max(1, _memory() // 2 // needed)
+
+
+def _memory() -> int:
+  """Bytes of all devices, or of this machine where they are its cores."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  if all(stats):
+    return sum(each["bytes_limit"] for each in stats if each)
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _members(config, workdir, resume, stack) -> list[ppo_stage.Member]:
+  """Every β with every seed, each in a sub-workdir that is open."""
+  betas = rules.betas(config)
+  seeds = config.sweep.seeds or (config.seed,)
+  members = []
+  for beta, seed in itertools.product(betas, seeds):
+    member = config.copy_and_resolve_references()
+    with member.unlocked():
+      member.kl.beta = float(beta)
+      member.seed = seed
+      member.sweep.betas, member.sweep.seeds = (), ()
+    name, label = f"beta={beta:g}", f"β={beta:g}"
+    if config.sweep.seeds:
+      name, label = f"{name},seed={seed}", f"{label} seed {seed}"
+    opened = workdir.sub(name, member.to_dict(), resume=resume)
+    opened = stack.enter_context(opened)
+    members.append(ppo_stage.Member(label, member, opened))
+  return members
+
+
+def _name(chunk: Sequence[ppo_stage.Member]) -> str:
+  """Of a chunk's checkpoints: they are of these members and no others."""
+  first, last = (chunk[i].workdir.path.name for i in (0, -1))
+  return f"{first}-to-{last}" if len(chunk) > 1 else first
+
+
+def _has_ended(member: ppo_stage.Member) -> bool:
+  return (member.workdir.path / "summary.json").exists()
+
+
+def _summary(member: ppo_stage.Member, workdir) -> dict[str, Any]:
+  """A member's part of the sweep's summary."""
+  path = member.workdir.path
+  metrics = json.loads((path / "summary.json").read_text())["metrics"]
+  last = json.loads((path / "samples.jsonl").read_text().splitlines()[-1])
+  return {
+    "beta": member.config.kl.beta,
+    "seed": member.config.seed,
+    "workdir": str(path.relative_to(workdir.path)),
+    "metrics": metrics,
+    "sample": {name: last[name] for name in ("prompt", "response")},
+  }

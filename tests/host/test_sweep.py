@@ -1,0 +1,169 @@
+"""A sweep over β and seeds: chunks, devices, resume, and single runs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import defaults, ppo
+from rlhf_jax.host import checkpoint, ppo_stage, settings, stages, sweep
+
+BETAS, SEEDS = (0.0, 0.3), (0, 7)
+
+
+def shrunk(*overrides):
+  """A config of seconds, its earlier stages included."""
+  config = ppo.toy()
+  for stage in (config, *config.pipeline.values()):
+    sizes = [
+      "model.width=16",
+      "model.layers=1",
+      "model.heads=2",
+      "model.kv_heads=2",
+      "model.head_size=8",
+      "model.mlp_width=16",
+      "rollout.response_length=8",
+      "data.size=64",
+      "train.batch_size=8",
+      "train.steps=3",
+      "train.samples_every=2",
+      "checkpoint.every=1",
+    ]
+    defaults.apply_overrides(stage, sizes)
+  for stage in config.pipeline.values():
+    defaults.apply_overrides(stage, ["mesh.data=1"])
+  defaults.apply_overrides(config, overrides)
+  return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Four members on eight devices, two of which each has to itself."""
+  directory = tmp_path_factory.mktemp("sweep")
+  config = shrunk(
+    f"sweep.betas={BETAS}", f"sweep.seeds={SEEDS}", "ppo.minibatches=1"
+  )
+  stages.run(config, str(directory / "run"), resume=False)
+  return directory / "run"
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def rows(path):
+  lines = (path / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def on(run, *overrides):
+  """A config that begins where the sweep began."""
+  return shrunk(
+    f"policy.path={run / 'sft'}",
+    f"reward.path={run / 'reward_model'}",
+    "ppo.minibatches=1",
+    *overrides,
+  )
+
+
+def test_the_members_and_their_workdirs(run):
+  summary = read(run / "summary.json")
+  assert summary["stage"] == "sweep"
+  found = [(m["beta"], m["seed"], m["workdir"]) for m in summary["members"]]
+  assert found == [
+    (beta, seed, f"beta={beta:g},seed={seed}")
+    for beta in BETAS
+    for seed in SEEDS
+  ]
+  for member in summary["members"]:
+    config = read(run / member["workdir"] / "config.json")
+    assert config["kl"]["beta"] == member["beta"]
+    assert config["seed"] == member["seed"]
+    assert config["sweep"]["betas"] == config["sweep"]["seeds"] == []
+    assert (
+      member["metrics"]
+      == read(run / member["workdir"] / "summary.json")["metrics"]
+    )
+
+
+def test_members_are_divided_over_devices():
+  mesh = settings.mesh(shrunk(), members=4)
+  assert dict(mesh.shape) == {"member": 4, "data": 2, "fsdp": 1, "tensor": 1}
+  assert "member" not in settings.mesh(shrunk(), members=1).shape
+  assert "member" not in settings.mesh(shrunk("mesh.data=8"), members=4).shape
+
+
+def test_a_member_is_the_single_run(run, tmp_path):
+  """With its seed: the same prompts and random numbers, on one device."""
+  config = on(run, "kl.beta=0.3", "seed=7", "mesh.data=1")
+  stages.run(config, str(tmp_path / "run"), resume=False)
+  alone, member = rows(tmp_path / "run"), rows(run / "beta=0.3,seed=7")
+  for name in ("reward/score", "reward/gold", "kl/reverse_exact"):
+    np.testing.assert_allclose(
+      [row[name] for row in alone], [row[name] for row in member], atol=2e-3
+    )
+  other = rows(run / "beta=0.3,seed=0")
+  assert other[0]["reward/score"] != member[0]["reward/score"]
+
+
+def test_chunks_are_the_whole_sweep(run, tmp_path):
+  """Three at once are two chunks of two; each is in its own checkpoints."""
+  config = on(
+    run,
+    f"sweep.betas={BETAS}",
+    f"sweep.seeds={SEEDS}",
+    "sweep.members_at_once=3",
+    "mesh.data=1",
+  )
+  stages.run(config, str(tmp_path / "run"), resume=False)
+  assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+  for member in read(run / "summary.json")["members"]:
+    whole, part = (rows(d / member["workdir"]) for d in (run, tmp_path / "run"))
+    np.testing.assert_allclose(
+      [row["reward/score"] for row in whole],
+      [row["reward/score"] for row in part],
+      atol=2e-3,
+    )
+
+
+def test_resume_does_the_chunk_that_is_missing(run, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  fields = (f"sweep.betas={BETAS}", "sweep.members_at_once=1", "mesh.data=1")
+  stages.run(on(run, *fields), str(workdir), resume=False)
+  before = checkpoint.load_params(workdir / "beta=0.3" / "model")[0]
+  for file in ("summary.json", "beta=0.3/summary.json"):
+    (workdir / file).unlink()
+  shutil.rmtree(workdir / "checkpoints" / "beta=0.3" / "3")
+  done = []
+  train = ppo_stage.train
+
+  def noted(models, members, *rest, **named):
+    done.extend(member.label for member in members)
+    return train(models, members, *rest, **named)
+
+  monkeypatch.setattr(ppo_stage, "train", noted)
+  stages.run(on(run, *fields), str(workdir), resume=True)
+  assert done == ["β=0.3"]
+  assert [row["step"] for row in rows(workdir / "beta=0.3")] == [0, 1, 2]
+  after = checkpoint.load_params(workdir / "beta=0.3" / "model")[0]
+  assert checkpoint.tree_hash(before) == checkpoint.tree_hash(after)
+
+
+@pytest.mark.parametrize(
+  "size, wanted",
+  [(5, [5]), (9, [5]), (4, [2, 3]), (2, [1, 2, 2]), (1, [1] * 5)],
+)
+def test_chunks(size, wanted):
+  found = sweep.chunks(list(range(5)), size)
+  assert [len(chunk) for chunk in found] == wanted
+  assert [member for chunk in found for member in chunk] == list(range(5))
+
+
+def test_memory_bounds_the_members(run, monkeypatch):
+  config = on(run)
+  models = ppo_stage.load(config)
+  most = sweep.most_members(config, models)
+  assert most > 100
+  monkeypatch.setattr(sweep, "_memory", lambda: 1)
+  assert sweep.most_members(config, models) == 1
