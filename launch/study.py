@@ -4,7 +4,10 @@ r"""Runs a study: a claim, its experiment, its figure, its verdict.
       --workdir=runs/kl_gradients
 
 Fields are set by `--config.seed=1`. `--resume` goes on with a study, or shows
-what it found if it has ended.
+what it found if it has ended. All of them, each in a sub-directory, and a
+table of what they found:
+
+    python -m launch.study --all --workdir=runs/studies
 """
 
 from collections.abc import Iterator
@@ -17,14 +20,33 @@ from ml_collections import ConfigDict
 
 from configs import studies
 from launch import app
+from rlhf_jax import errors
 from rlhf_jax.host import validate
+
+_ALL = flags.DEFINE_bool("all", False, "Every study, instead of --config.")
+_PRESET = flags.DEFINE_string("preset", "full", "With --all: full or reduced.")
 
 
 def main(values: flags.FlagValues) -> None:
-  """Runs the study that the config names."""
-  from rlhf_jax.studies import study
+  """Runs the study that the config names, or all of them."""
+  if not values.all and not values["config"].present:
+    raise errors.UserError(
+      "--config: missing; wanted --config=configs/studies/NAME.py, or --all"
+    )
+  if values.all and values["config"].present:
+    raise errors.UserError("--config: beside --all; wanted one of the two")
+  if values.preset not in ("full", "reduced"):
+    raise errors.UserError(
+      f"--preset: {values.preset!r}; wanted full or reduced"
+    )
 
-  study.run(values.config, values.workdir, resume=values.resume)
+  from rlhf_jax.studies import collection, study
+
+  if not values.all:
+    study.run(values.config, values.workdir, resume=values.resume)
+    return
+  configs = {name: _config(name).get_config(values.preset) for name in _names()}
+  collection.run(configs, values.workdir, resume=values.resume)
 
 
 def check(config: ConfigDict) -> None:
@@ -38,14 +60,13 @@ def check(config: ConfigDict) -> None:
     raise ValueError(
       "config.study: missing; start from a file in configs/studies"
     )
-  directory = pathlib.Path(studies.__path__[0])
-  names = sorted(p.stem for p in directory.glob("[!_]*.py"))
+  names = _names()
   if config.study not in names:
     raise ValueError(
       f"config.study: {config.study!r}; wanted {' or '.join(names)}"
     )
-  module = importlib.import_module(f"configs.studies.{config.study}")
-  given, wanted = dict(_fields(config)), dict(_fields(module.get_config()))
+  wanted = dict(_fields(_config(config.study).get_config()))
+  given = dict(_fields(config))
   for field in given:
     if field not in wanted:
       hint = validate.suggest(field, wanted)
@@ -62,6 +83,15 @@ def check(config: ConfigDict) -> None:
       )
 
 
+def _names() -> list[str]:
+  directory = pathlib.Path(studies.__path__[0])
+  return sorted(p.stem for p in directory.glob("[!_]*.py"))
+
+
+def _config(name: str) -> Any:
+  return importlib.import_module(f"configs.studies.{name}")
+
+
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Dotted names and values."""
   for name, value in config.items():
@@ -72,4 +102,4 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-  app.run(main, check=check)
+  app.run(main, required=("workdir",), check=check)

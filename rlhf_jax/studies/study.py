@@ -60,7 +60,8 @@ class Outcome(NamedTuple):
 
   Attributes:
     verdict: `HOLDS`, `holds_when(…)` or `DOES_NOT_HOLD`.
-    paragraph: The finding in words, its numbers taken from the tables.
+    paragraph: The finding in words, its numbers taken from the tables. Its
+      first sentence stands for it where there is room for one.
     tables: By name.
     figure: What figure.png shows.
   """
@@ -104,6 +105,16 @@ def require(
       )
 
 
+def check(config: ConfigDict) -> None:
+  """Refuses what makes no sense to the study that the config names.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  require(config, "0 to 2**32 − 1", lambda x: 0 <= x < 2**32, "seed")
+  _module(config).check(config)
+
+
 def run(config: ConfigDict, workdir: str, *, resume: bool) -> None:
   """Runs the study that the config names, and shows what it found.
 
@@ -112,9 +123,7 @@ def run(config: ConfigDict, workdir: str, *, resume: bool) -> None:
   Raises:
     UserError: The config makes no sense, or the workdir cannot be used.
   """
-  study = importlib.import_module(f"rlhf_jax.studies.{config.study}")
-  require(config, "0 to 2**32 − 1", lambda x: 0 <= x < 2**32, "seed")
-  study.check(config)
+  check(config)
   console = rich_console.Console(highlight=False)
   console.width = max(console.width, _WIDTH)
   with workdir_lib.Workdir.open(
@@ -122,9 +131,18 @@ def run(config: ConfigDict, workdir: str, *, resume: bool) -> None:
   ) as opened:
     if not (opened.path / _FILE).exists():
       began = time.monotonic()
-      outcome = study.run(config, opened, console)
+      outcome = _module(config).run(config, opened, console)
       _write(opened.path, config, outcome, time.monotonic() - began)
     _print(console, opened.path)
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """The record of the study that ended in `path`."""
+  return json.loads((path / _FILE).read_text())
+
+
+def _module(config: ConfigDict) -> Any:
+  return importlib.import_module(f"rlhf_jax.studies.{config.study}")
 
 
 def _write(
@@ -171,7 +189,7 @@ def _row(table: Table, row: tuple[Cell, ...]) -> list[Cell]:
 
 def _print(console: rich_console.Console, path: pathlib.Path) -> None:
   """Shows the study that ended in `path`."""
-  record = json.loads((path / _FILE).read_text())
+  record = read(path)
   say = lambda text="": console.print(rich_text.Text(text))
   say()
   for table in record["tables"].values():

@@ -21,6 +21,8 @@ def parse(*arguments, config=STUDY):
   sys.modules.pop("config_config", None)
   values = flags.FlagValues()
   app.define_flags(values)
+  flags.DEFINE_bool("all", False, "", flag_values=values)
+  flags.DEFINE_string("preset", "full", "", flag_values=values)
   words = ["program", f"--config={config}", "--workdir=w", *arguments]
   app.parse(words, values, check=study.check)
   return values
@@ -145,3 +147,26 @@ def test_the_command_ends_in_one_line(tmp_path):
   assert done.returncode == 2
   assert done.stderr == "config.batches: 1; wanted 2 to 25000\n"
   assert done.stdout == "" and not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ((), "--config: missing; wanted --config=configs/studies/NAME.py, or"),
+    (("--all", f"--config={STUDY}"), "--config: beside --all"),
+    (("--all", "--preset=small"), "--preset: 'small'; wanted full or reduced"),
+    (("--all", "--config.seed=1"), "--config.seed=1: sets a field of no conf"),
+  ],
+)
+def test_one_study_or_all(words, message, tmp_path):
+  workdir = tmp_path / "run"
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.study", f"--workdir={workdir}", *words],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+  assert message in done.stderr
+  assert not workdir.exists()
