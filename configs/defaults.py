@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
   config.kl.gradient = "sequence_reverse"
   config.kl.estimator = "sampled"  # sampled, rao_blackwellised
   config.kl.allow_biased = False
+  config.kl.anchored = False  # True: to the reference without rollout.prefix
   # fixed, schedule (relaxes), ziegler, pi, dual (towards the target), trust
   config.kl.controller = "fixed"
   config.kl.target = 0.0  # of ziegler, pi and dual
@@ -95,6 +96,9 @@ def get_config() -> ConfigDict:
   config.rollout = ConfigDict()
   config.rollout.prompt_length = 8  # tokens; longer prompts lose their start
   config.rollout.response_length = 26  # tokens
+  # A text in front of every prompt, after BOS, which policy and reference read
+  # and the rewards do not; the ledger then has kl/anchored (steps/anchor.py).
+  config.rollout.prefix = ""
   config.rollout.temperature = 1.0
   # Narrow what is drawn, not what is scored: KL readings are then too high
   # (0.70 nats read 0.86 at top_p = 0.9) and its sampled gradient is biased.
@@ -118,6 +122,14 @@ def get_config() -> ConfigDict:
   config.ppo.gamma = 1.0
   config.ppo.gae_lambda = 0.95  # gae
   config.ppo.whiten_advantages = True  # by the batch; rloo and grpo, too
+
+  # Texts in PPO's loss beside the responses (steps/text_mix.py).
+  config.mix = ConfigDict()
+  config.mix.kind = "none"  # none, nll (PPO-ptx), forward_kl, reverse_kl
+  config.mix.coefficient = 0.1  # reward units per nat, as kl.beta
+  config.mix.path = ""  # .jsonl or .txt, as in SFT; '': the built-in language
+  config.mix.opening = ""  # of the built-in language's texts, see data.opening
+  config.mix.batch_size = 32  # rows of data.sequence_length tokens a step
 
   config.dpo = ConfigDict()
   # dpo, conservative, robust, ipo, kto, simpo, chi_po; β is kl.beta, of simpo
@@ -174,6 +186,9 @@ def get_config() -> ConfigDict:
   config.sweep.betas = ()  # (): kl.beta
   config.sweep.seeds = ()  # (): seed
   config.sweep.members_at_once = 0  # 0: as many as memory holds
+  # Final policies on held-out prompts, and best-of-n of the reference.
+  config.sweep.frontier = True
+  config.sweep.best_of = 64  # largest n, a power of 2; 0: no best-of-n
 
   # What a policy is measured on.
   config.evaluate = ConfigDict()

@@ -7,6 +7,7 @@ are shared. Each member has a workdir of the same form as a single run's.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from rlhf_jax.host import (
   batches,
   checkpoint,
   loop,
+  mix_texts,
   roles,
   settings,
   toy_language,
@@ -32,7 +34,7 @@ from rlhf_jax.host import tokenizer as tokenizer_lib
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.models import transformer
 from rlhf_jax.steps import optimizer as optimizer_lib
-from rlhf_jax.steps import ppo, rewards, sharding
+from rlhf_jax.steps import ppo, rewards, sharding, text_mix
 from rlhf_jax.steps import reference as reference_lib
 
 SAMPLES = 4  # responses of a step that are recorded
@@ -116,12 +118,12 @@ def train(
     frozen, sharding.shardings(frozen, mesh)
   )
   step, starts = _step_and_states(models, members, mesh, stacked)
-  prompts = _prompts(models, members, console)
+  data = _data(models, members, console)
   keys = [jax.random.key(member.config.seed) for member in members]
   key = jnp.stack(keys) if stacked else keys[0]
 
   def arguments(index):
-    each = [_batch(config, *prompts[m.config.seed], index) for m in members]
+    each = [_batch(m.config, *data[m.config.seed], index) for m in members]
     batch = jax.tree.map(lambda *x: np.stack(x), *each) if stacked else each[0]
     placed = sharding.place_batch(batch, mesh, leading=int(stacked))
     return reference, reward_params, placed, key
@@ -196,7 +198,7 @@ def _step_and_states(models, members, mesh, stacked):
     score=reward.score,
     optimizer=optimizer,
     controller=controller,
-    gold=None if config.data.path else toy_language.gold_reward,
+    gold=None if config.data.path else toy_language.of(config).gold_reward,
     score_scale=rewards.score_scale if reward.normalised else None,
     agreement=reward.agreement,
     member_axis=axis,
@@ -219,28 +221,32 @@ def _step_and_states(models, members, mesh, stacked):
   return step, jax.vmap(start)(betas)
 
 
-def _prompts(models, members, console):
-  """Seed → the prompts of the members with it, and the seed."""
-  prompts, found = {}, None
+def _data(models, members, console):
+  """Seed → the prompts of the members with it, and the texts of a mix."""
+  found, prompts = {}, None
   for member in members:
     config, seed = member.config, member.config.seed
+    if seed in found:
+      continue
     # A file's prompts are the same for every seed.
-    if found is None or (seed not in prompts and not config.data.path):
-      found = roles.prompts(config, models.policy, console)
-    prompts[seed] = found if seed not in prompts else prompts[seed][0], seed
-  return prompts
+    if prompts is None or not config.data.path:
+      prompts = roles.prompts(config, models.policy, console)
+    texts = None
+    if config.mix.kind != "none":
+      texts = mix_texts.load(config, models.policy, console)
+    found[seed] = prompts, texts
+  return found
 
 
-def _batch(config, prompts, seed, index):
-  """The prompts of a step; the responses to a prompt are neighbours."""
-  batch = batches.batch_at(
-    prompts,
-    seed=seed,
-    step=index,
-    batch_size=config.train.batch_size // config.ppo.group_size,
-  )
+def _batch(config, prompts, texts, index):
+  """What a step sees; the responses to a prompt are neighbours."""
+  rows = functools.partial(batches.batch_at, seed=config.seed, step=index)
+  each = config.train.batch_size // config.ppo.group_size
   groups = lambda x: np.repeat(x, config.ppo.group_size, axis=0)
-  return jax.tree.map(groups, batch)
+  batch = jax.tree.map(groups, rows(prompts, batch_size=each))
+  if texts is None:
+    return batch
+  return text_mix.Batch(batch, rows(texts, batch_size=config.mix.batch_size))
 
 
 def _finish(member, policy, trained, wall_s):

@@ -50,7 +50,7 @@ def load_policy(config: ConfigDict) -> Pretrained:
   """The model at `config.policy.path`; a random one where that is empty.
 
   A random model is made for the tokenizer at `config.policy.tokenizer`, or for
-  the built-in language, by `config.seed`.
+  the built-in language that `config.data.language` names, by `config.seed`.
   """
   if path := config.policy.path:
     found = load(path, config)
@@ -64,7 +64,7 @@ def load_policy(config: ConfigDict) -> Pretrained:
     tokenizer = tokenizer_lib.load(path)
     stop_ids = tokenizer_lib.stop_ids(path, tokenizer)
   else:
-    tokenizer = toy_language.tokenizer()
+    tokenizer = toy_language.of(config).tokenizer()
     stop_ids = (toy_language.STOP_ID,)
   model = architecture(config, vocab_size=len(tokenizer))
   tokenizer_lib.check(tokenizer, model.vocab_size, "config.model.vocab_size")
@@ -143,18 +143,35 @@ def save(workdir: workdir_lib.Workdir, pretrained: Pretrained) -> None:
   pretrained.tokenizer.save_pretrained(workdir.path / "tokenizer")
 
 
-def check_speaks_the_built_in_language(policy: Pretrained) -> None:
-  """Requires that the policy's ids are those of the built-in language.
+def check_speaks_the_built_in_language(
+  policy: Pretrained, config: ConfigDict | None = None
+) -> None:
+  """Requires that the policy's ids are those of `config.data.language`.
+
+  Args:
+    policy: Of any tokenizer.
+    config: Names the language; None is the default one.
 
   Raises:
     UserError: They are not; other ids would be read as its words.
   """
+  name = "reviews" if config is None else config.data.language
   ids = list(range(len(policy.tokenizer)))
-  words = policy.tokenizer.convert_ids_to_tokens(ids)
-  if tuple(words) != toy_language.VOCABULARY:
+  words = tuple(policy.tokenizer.convert_ids_to_tokens(ids))
+  spoken = [
+    language.name
+    for language in toy_language.LANGUAGES.values()
+    if language.vocabulary == words
+  ]
+  if not spoken:
     raise errors.UserError(
       "config.data.path: '' is the built-in language, which is not that of "
       f"{policy.where}; give a file of your own, .jsonl or .txt"
+    )
+  if name not in spoken:
+    raise errors.UserError(
+      f"config.data.language: {name!r}; wanted {spoken[0]!r}, the language of "
+      f"{policy.where}"
     )
 
 

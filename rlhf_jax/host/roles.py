@@ -104,8 +104,10 @@ def prompts(
     texts, counts = readers.read_prompts(pathlib.Path(path))
     console.print(f"ppo: {path}: {counts}", markup=False, highlight=False)
   else:
-    pretrained_lib.check_speaks_the_built_in_language(policy)
-    texts = toy_language.sample_prompts(config.seed + 4, config.data.size)
+    pretrained_lib.check_speaks_the_built_in_language(policy, config)
+    texts = toy_language.of(config).sample_prompts(
+      config.seed + 4, config.data.size, config.data.opening
+    )
   array, cut = sampling.prompts_array(texts, config, policy, path or "toy")
   if cut.rows:
     console.print(

@@ -81,6 +81,8 @@ CHOICES = {
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "data.language": ("reviews", "notes", "essays"),
   "data.opening": ("", "determiner", "pronoun", "person"),
+  "mix.kind": ("none", "nll", "forward_kl", "reverse_kl"),
+  "mix.opening": ("", "determiner", "pronoun", "person"),
 }
 
 
@@ -97,7 +99,7 @@ RANGES = (
     "model.width model.layers model.heads model.kv_heads model.head_size"
     " model.mlp_width model.max_length rollout.prompt_length"
     " rollout.response_length ppo.epochs ppo.minibatches ppo.microbatches"
-    " ppo.group_size"
+    " ppo.group_size mix.batch_size"
     " data.size train.steps train.batch_size train.samples_every mesh.fsdp"
     " mesh.tensor checkpoint.every checkpoint.keep",
   ),
@@ -129,7 +131,8 @@ RANGES = (
   (
     "finite and at least 0",
     lambda x: 0 <= x < math.inf,
-    "kl.beta kl.target ppo.value_coefficient optimizer.weight_decay dpo.margin",
+    "kl.beta kl.target ppo.value_coefficient optimizer.weight_decay dpo.margin"
+    " mix.coefficient",
   ),
   ("in (0, 1)", lambda x: 0 < x < 1, "ppo.clip_epsilon data.heldout_fraction"),
   ("in (0, 1]", lambda x: 0 < x <= 1, "rollout.top_p"),
@@ -361,6 +364,45 @@ RULES = (
     " ppo.minibatches={c.ppo.minibatches}",
   ),
   (
+    "rollout.prefix",
+    lambda c: not c.rollout.prefix or runs_ppo(c),
+    "'' in stage {c.stage!r}; PPO alone has a prefix",
+  ),
+  (
+    "kl.anchored",
+    lambda c: not c.kl.anchored or c.rollout.prefix,
+    "False without a rollout.prefix, which it leaves out for the reference",
+  ),
+  (
+    "mix.kind",
+    lambda c: c.mix.kind == "none" or runs_ppo(c),
+    "'none' in stage {c.stage!r}; PPO alone has a mix",
+  ),
+  (
+    "mix.path",
+    lambda c: c.mix.kind != "none" or not c.mix.path,
+    "'' with mix.kind='none', which reads no texts; set mix.kind",
+  ),
+  (
+    "mix.path",
+    lambda c: c.mix.kind == "none" or c.mix.path or not c.data.path,
+    "a file of texts with data.path, whose prompts are in no built-in language",
+  ),
+  (
+    "mix.opening",
+    lambda c: not c.mix.opening or c.mix.kind != "none" and not c.mix.path,
+    "'' unless mix.kind brings texts of the built-in language (no mix.path)",
+  ),
+  (
+    "mix.batch_size",
+    lambda c: (
+      c.mix.kind == "none"
+      or c.mix.batch_size % (c.ppo.minibatches * c.ppo.microbatches) == 0
+    ),
+    "a multiple of ppo.minibatches × ppo.microbatches = {c.ppo.minibatches} ×"
+    " {c.ppo.microbatches}, into which the texts are cut, too",
+  ),
+  (
     "stage",
     lambda c: c.stage != "pipeline" or len(c.pipeline) == 2,
     "sft and reward_model in config.pipeline, as in configs/quickstart.py",
@@ -442,7 +484,7 @@ MODEL_RULES = (
   (
     "data.sequence_length",
     lambda c, m: (
-      c.stage not in ("sft", "evaluate")
+      (c.stage not in ("sft", "evaluate") and c.mix.kind == "none")
       or c.data.sequence_length <= m.max_length
     ),
     "at most the model's {m.max_length} positions",

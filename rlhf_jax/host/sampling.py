@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_jax import types
 from rlhf_jax.host import batches, data, settings
+from rlhf_jax.host import prefix as prefix_lib
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import tokenizer as tokenizer_lib
 from rlhf_jax.steps import rollout, sharding
@@ -21,20 +22,32 @@ def prompts_array(
   pretrained: pretrained_lib.Pretrained,
   where: str,
 ) -> tuple[types.Prompts, data.Cut]:
-  """Prompts, as texts or as ids, in the layout that the rollout takes."""
+  """Prompts, as texts or as ids, in the layout that the rollout takes.
+
+  With `rollout.prefix` in front, if there is one.
+
+  Raises:
+    UserError: A prompt is empty, or the prefix cannot be put in front.
+  """
   ids = [
     tokenizer_lib.encode_prompt(pretrained.tokenizer, prompt)
     if isinstance(prompt, str)
     else prompt
     for prompt in prompts
   ]
-  return data.prompts_array(
-    ids,
-    prompt_length=config.rollout.prompt_length,
+  lay_out = functools.partial(
+    data.prompts_array,
     pad_id=pretrained.pad_id,
     vocab_size=pretrained.model.vocab_size,
     where=where,
   )
+  length = config.rollout.prompt_length
+  prefix = prefix_lib.of(config, pretrained)
+  if prefix is None:
+    return lay_out(ids, prompt_length=length)
+  _, cut = lay_out(ids, prompt_length=length - len(prefix.ids))
+  whole = [prefix.in_front_of(row, length) for row in ids]
+  return lay_out(whole, prompt_length=length)[0], cut
 
 
 def sample(

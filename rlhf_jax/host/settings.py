@@ -6,9 +6,10 @@ import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax import errors
+from rlhf_jax.host import prefix as prefix_lib
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.objective import beta, kl
-from rlhf_jax.steps import optimizer, ppo, rollout, sharding
+from rlhf_jax.steps import optimizer, ppo, rollout, sharding, text_mix
 
 LOGITS = 2**24  # 64 MiB of float32.
 
@@ -63,12 +64,23 @@ def ppo_config(
   *,
   members: int = 1,
 ) -> ppo.PPOConfig:
-  """The static settings of a step, of which `members` run at once."""
+  """The static settings of a step, of which `members` run at once.
+
+  Raises:
+    UserError: The prefix cannot be put in front of prompts.
+  """
+  prefix = prefix_lib.of(config, pretrained)
+  mix = None
+  if config.mix.kind != "none":
+    mix = text_mix.Mix(config.mix.kind, config.mix.coefficient)
   return ppo.PPOConfig(
     model=pretrained.model,
     rollout=rollout_config(config, pretrained),
     reference=reference.model,
     penalty=kl.PENALTIES[config.kl.gradient, config.kl.estimator],
+    prefix=None if prefix is None else prefix.place,
+    anchored=config.kl.anchored,
+    mix=mix,
     logits_per_chunk=logits_per_chunk(config, members=members),
     **config.ppo.to_dict(),
   )

@@ -112,8 +112,10 @@ def _texts(config, start, console):
     texts = [(prompt, response + stop) for prompt, response in pairs]
     console.print(f"sft: {path}: {counts}", markup=False, highlight=False)
   else:
-    pretrained_lib.check_speaks_the_built_in_language(start)
-    texts = toy_language.sample_texts(config.seed, config.data.size)
+    pretrained_lib.check_speaks_the_built_in_language(start, config)
+    texts = toy_language.of(config).sample_texts(
+      config.seed, config.data.size, config.data.opening
+    )
   sides = batches.split_heldout(
     texts, config.data.heldout_fraction, config.seed
   )
@@ -140,13 +142,16 @@ def own_responses(
   policy: pretrained_lib.Pretrained, config: ConfigDict
 ) -> types.Sequences:
   """What a policy of the built-in language writes to prompts not trained on."""
-  prompts = toy_language.sample_prompts(config.seed + 1, GOLD_PROMPTS)
+  prompts = toy_language.of(config).sample_prompts(
+    config.seed + 1, GOLD_PROMPTS, config.data.opening
+  )
   prompts, _ = sampling.prompts_array(prompts, config, policy, "prompts")
   return sampling.sample(policy, prompts, config, seed=config.seed)
 
 
 def _gold(policy, config):
   """The SFT policy's own gold, with which a later policy is compared."""
-  gold = jax.jit(toy_language.gold_reward)(own_responses(policy, config))
+  gold_reward = jax.jit(toy_language.of(config).gold_reward)
+  gold = gold_reward(own_responses(policy, config))
   error = gold.std() / GOLD_PROMPTS**0.5
   return {"reward/gold": float(gold.mean()), "reward/gold_se": float(error)}

@@ -15,7 +15,7 @@ from rich import console as rich_console
 
 from rlhf_jax.host import (
   dpo_stage,
-  figures,
+  evaluate_stage,
   ppo_stage,
   reward_model_stage,
   rules,
@@ -33,6 +33,7 @@ _NEEDS = {
   "reward_model": {"policy": "sft"},
   "ppo": {"policy": "sft", "reward": "reward_model"},
   "dpo": {"policy": "sft"},
+  "evaluate": {},
 }
 
 
@@ -66,12 +67,11 @@ def run_stage(
     return reward_model_stage.run(config, workdir, console=console)
   if config.stage == "dpo":
     return dpo_stage.run(config, workdir, console=console)
+  if config.stage == "evaluate":
+    return evaluate_stage.run(config, workdir, console=console)
   if not rules.is_sweep(config):
     return ppo_stage.run(config, workdir, console=console)
-  summary = sweep.run(config, workdir, resume=resume, console=console)
-  figures.print_members(console, summary["members"])
-  figures.plot_members(workdir.path, summary["members"])
-  return summary
+  return sweep.run(config, workdir, resume=resume, console=console)
 
 
 def _with_prerequisites(config, workdir, resume, console) -> ConfigDict:
@@ -181,6 +181,8 @@ def _next_commands(config, workdir) -> list[str]:
       f"{train}/ppo.py --config.policy.path={config.policy.path} "
       f"--config.reward.path={workdir} --workdir={workdir}-ppo{source}"
     ]
+  if config.stage == "evaluate":
+    return []
   if config.sweep.betas:
     return [
       f"open {workdir}/frontier.png",

@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
-from rlhf_jax.host import ppo_stage, rules, settings
+from rlhf_jax.host import ppo_stage, rules, settings, sweep_frontier
 from rlhf_jax.host import workdir as workdir_lib
 
 
@@ -45,11 +45,11 @@ def run(
           stacked=True,
           console=console,
         )
-    summary = {
-      "stage": "sweep",
-      "wall_s": time.monotonic() - began,
-      "members": [_summary(member, workdir) for member in members],
-    }
+    found = [_summary(member, workdir) for member in members]
+  if config.sweep.frontier:
+    sweep_frontier.write(config, workdir, models, found, console)
+  wall_s = time.monotonic() - began
+  summary = {"stage": "sweep", "wall_s": wall_s, "members": found}
   workdir.write_summary(summary)
   return summary
 

@@ -142,13 +142,26 @@ def _random_start(config: ConfigDict) -> Complaints:
 
 
 def _paths(config: ConfigDict) -> Complaints:
-  fields = ("policy.path", "policy.tokenizer", "reference.path", "reward.path")
+  fields = (
+    *("policy.path", "policy.tokenizer", "reference.path", "reward.path"),
+    "evaluate.against",
+  )
   for field in fields:
     if config[field] and not os.path.isdir(config[field]):
       yield field, f"{config[field]!r}; wanted '' or a directory that exists"
   for path in config.reward.ensemble:
     if not isinstance(path, str) or not os.path.isdir(path):
       yield "reward.ensemble", f"{path!r}; wanted directories that exist"
+  for path in config.evaluate.corpora:
+    if not isinstance(path, str) or not os.path.isfile(path):
+      yield "evaluate.corpora", f"{path!r}; wanted files that exist"
+  corpora = config.evaluate.corpora
+  names = {os.path.splitext(os.path.basename(path))[0] for path in corpora}
+  if len(names) < len(corpora):
+    yield (
+      "evaluate.corpora",
+      f"{corpora!r}; wanted files of different names, which name their figures",
+    )
   members = list(filter(None, (config.reward.path, *config.reward.ensemble)))
   if len(set(map(os.path.realpath, members))) < len(members):
     yield (
@@ -156,8 +169,9 @@ def _paths(config: ConfigDict) -> Complaints:
       f"{config.reward.ensemble!r} beside reward.path={config.reward.path!r};"
       " wanted each model once: one agrees with itself",
     )
-  if config.data.path and not os.path.isfile(config.data.path):
-    yield "data.path", f"{config.data.path!r}; wanted '' or a file that exists"
+  for field in ("data.path", "mix.path"):
+    if config[field] and not os.path.isfile(config[field]):
+      yield field, f"{config[field]!r}; wanted '' or a file that exists"
 
 
 def _pipeline(config: ConfigDict) -> Complaints:
@@ -211,6 +225,15 @@ def _mesh(config: ConfigDict, device_count: int) -> Complaints:
       "train.batch_size",
       f"{config.train.batch_size}, so {rows} rows at a time ({of}); wanted a"
       f" multiple of mesh.data × mesh.fsdp = {rest} × {fsdp} = {rest * fsdp}",
+    )
+  pieces = config.ppo.minibatches * config.ppo.microbatches
+  if config.mix.kind != "none" and (
+    config.mix.batch_size % (pieces * rest * fsdp)
+  ):
+    yield (
+      "mix.batch_size",
+      f"{config.mix.batch_size}; wanted a multiple of ppo.minibatches ×"
+      f" ppo.microbatches × mesh.data × mesh.fsdp = {pieces * rest * fsdp}",
     )
 
 

@@ -125,7 +125,11 @@ class Workdir:
 
   def write_summary(self, summary: dict[str, Any]) -> None:
     """Replaces summary.json."""
-    self._replace("summary.json", _dump(_plain(summary)))
+    self.write_json("summary.json", summary)
+
+  def write_json(self, name: str, value: dict[str, Any]) -> None:
+    """Replaces a JSON file of this workdir."""
+    self._replace(name, _dump(_plain(value)))
 
   def mean_of_last(self, steps: int = 10) -> dict[str, float]:
     """Means over the last `steps` steps, each over the steps that report it."""

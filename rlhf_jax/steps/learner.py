@@ -3,7 +3,8 @@
 Everything with a vocabulary axis lives in `head_gradient`, which makes the
 gradient chunk by chunk (`logprobs.gradient_in_columns`); the trunk's is pulled
 back from what it returns. Losses are weighted sums over tokens, divided by a
-constant and never by the number of tokens that were sampled.
+constant and never by the number of tokens that were sampled. A mix of texts
+(`text_mix`) adds the gradient of its own pass.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import kl, masking, policy_loss
 from rlhf_jax.objective import logprobs as logprobs_lib
+from rlhf_jax.steps import anchor, text_mix
 from rlhf_jax.steps import rollout as rollout_lib
 
 
@@ -28,6 +30,10 @@ class PPOConfig:
   Attributes:
     reference: The reference's architecture, where it is not the policy's.
     penalty: A row of `kl.PENALTIES`.
+    prefix: What stands in front of every prompt, where something does.
+    anchored: The penalty holds the policy, with the prefix, to the reference
+      without it.
+    mix: Texts in the loss, where there are any.
     advantages: `gae` has a critic; `rloo` and `grpo` compare the responses to
       one prompt; `reinforce_pp` has the batch's mean and standard deviation.
     group_size: Responses to each prompt, in neighbouring rows.
@@ -43,6 +49,9 @@ class PPOConfig:
   rollout: rollout_lib.RolloutConfig
   reference: transformer.TransformerConfig | None = None
   penalty: kl.Penalty = kl.PENALTIES["sequence_reverse", "sampled"]
+  prefix: anchor.Prefix | None = None
+  anchored: bool = False
+  mix: text_mix.Mix | None = None
   advantages: Literal["gae", "rloo", "grpo", "reinforce_pp"] = "gae"
   group_size: int = 1
   normalise_groups: bool = True
@@ -78,7 +87,7 @@ def gradient(
   price: Float[Array, ""],
   reference_head: Float[Array, "V E"],
   config: PPOConfig,
-) -> tuple[types.Params, dict[str, Array]]:
+) -> tuple[types.Params, dict[str, Any]]:
   """Gradient of the loss, and sums over tokens of what it was made of.
 
   Every sum is divided by the rows of the whole minibatch times R, a constant,
@@ -120,6 +129,18 @@ def gradient(
     (total,) = pull_back((of_hidden, of_head, of_values))
     moved = sums["moved"]
     sums |= {"moved": moved.sum(), "moved_squared": jnp.square(moved).sum()}
+    if config.mix is not None:
+      of_texts, sums["texts"] = text_mix.gradient(
+        params["transformer"],
+        experience["texts"],
+        reference_head,
+        mix=config.mix,
+        model=config.model,
+        logits_per_chunk=config.logits_per_chunk,
+      )
+      total["transformer"] = jax.tree.map(
+        jnp.add, total["transformer"], of_texts
+      )
     return total, sums
 
   if config.microbatches == 1:
@@ -137,7 +158,7 @@ def gradient(
   return lax.scan(accumulate, zeros, minibatch)[0]
 
 
-_NOT_IN_COLUMNS = ("sequences", "values", "returns")
+_NOT_IN_COLUMNS = ("sequences", "values", "returns", "texts")
 
 
 def head_gradient(

@@ -56,6 +56,24 @@ def of_rollout(
   return scalars, by_position
 
 
+def of_anchored(
+  terms: kl.Terms, mask: Bool[Array, "B R"], *, group_size: int
+) -> dict[str, Float[Array, ""]]:
+  """KL of the policy given its prefix to the reference without it (`anchor`).
+
+  `kl/anchored` is exact over the vocabulary, `kl/anchored_k1` sampled; nats
+  per response, with standard errors.
+  """
+  scalars = {}
+  for name, nats in (
+    ("kl/anchored", terms.reverse_kl),
+    ("kl/anchored_k1", kl.k1(terms.log_ratio)),
+  ):
+    per_response = jnp.where(mask, nats, 0.0).sum(1)
+    scalars |= with_error(name, per_response, group_size=group_size)
+  return scalars
+
+
 def with_error(
   name: str, per_response: Float[Array, "B"], *, group_size: int
 ) -> dict[str, Float[Array, ""]]:

@@ -20,8 +20,12 @@ policy's are taken by the same teacher-forced pass, so that equal models are
 at KL 0 exactly; losses are sums over tokens divided by a constant, because a
 mean over as many tokens as were sampled has another expected gradient.
 
-Left out: an entropy bonus (the KL is the regulariser under study) and the
-PPO-ptx pretraining mix.
+Two options change what the step sees. With a mix (`text_mix`) it takes texts
+beside the prompts, and they are part of the loss. With a prefix in front of
+the prompts (`anchor`) policy and reference read it and the rewards do not, and
+the ledger also has the KL to the reference without it.
+
+Left out: an entropy bonus (the KL is the regulariser under study).
 """
 
 from collections.abc import Callable
@@ -40,12 +44,18 @@ from rlhf_jax.objective import advantages as advantages_lib
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.objective import kl, masking, preference_loss
 from rlhf_jax.objective import logprobs as logprobs_lib
-from rlhf_jax.steps import learner, ledger
+from rlhf_jax.steps import anchor, learner, ledger, text_mix
 from rlhf_jax.steps import rewards as rewards_lib
 from rlhf_jax.steps import rollout as rollout_lib
 
 Step = Callable[
-  [types.TrainState, types.Params, types.Params, types.Prompts, PRNGKeyArray],
+  [
+    types.TrainState,
+    types.Params,
+    types.Params,
+    types.Prompts | text_mix.Batch,
+    PRNGKeyArray,
+  ],
   tuple[types.TrainState, types.Metrics],
 ]
 Gold = Callable[[types.Sequences], Float[Array, "B"]]
@@ -81,6 +91,8 @@ def make_step(
 ) -> Step:
   """The step, to be jitted with its state donated.
 
+  It takes prompts, or with `config.mix` a `text_mix.Batch` in their place.
+
   Args:
     config: Static settings.
     score: The reward, from `steps.rewards`.
@@ -93,10 +105,11 @@ def make_step(
     member_axis: Name of the `vmap` axis, if many βs or seeds run at once.
   """
 
-  def step(state, reference, reward_model, prompts, key):
+  def step(state, reference, reward_model, batch, key):
     step_key = jax.random.fold_in(key, state.step)
     rollout_key, update_key = jax.random.split(step_key)
     beta = controller.value(state.beta)
+    prompts = batch if config.mix is None else batch.prompts
 
     rollout = rollout_lib.rollout(
       state.params["transformer"],
@@ -110,21 +123,29 @@ def make_step(
     lengths = sequences.response_lengths
     mask = masking.response_mask(lengths, config.rollout.response_length)
 
-    comparison, values, reference_hidden = compare(
-      state.params, reference, sequences, config
+    hidden = learner.response_hidden(
+      state.params, sequences, model=config.model
     )
-    log_ratio, clamped = kl.clamp_log_ratio(
-      comparison.logprobs - comparison.reference_logprobs
+    comparison, reference_hidden = compare_states(
+      state.params, hidden, reference, sequences, config
     )
-    terms = kl.Terms(
-      log_ratio=log_ratio,
-      reverse_kl=comparison.reverse_kl,
-      forward_kl=comparison.forward_kl,
-      importance_ratio=jnp.ones_like(log_ratio),
-    )
+    values = transformer.apply_scalar_head(state.params["value_head"], hidden)
+    terms, clamped = _terms(comparison)
+    charged, held_logprobs = terms, comparison.reference_logprobs
+    judged, anchored = sequences, None
+    if config.prefix is not None:
+      # The rewards judge an answer to the prompt, whoever stands before it.
+      judged = anchor.without_prefix(sequences, config.prefix)
+      clean, clean_hidden = compare_states(
+        state.params, hidden, reference, judged, config
+      )
+      anchored, _ = _terms(clean)
+      if config.anchored:
+        charged, held_logprobs = anchored, clean.reference_logprobs
+        reference_hidden = clean_hidden
 
-    scores = score(reward_model, sequences, state.step)
-    nats = kl.reward_penalty(config.penalty, terms, mask)
+    scores = score(reward_model, judged, state.step)
+    nats = kl.reward_penalty(config.penalty, charged, mask)
     rewards = kl.penalised_rewards(scores, nats, lengths, beta=beta)
 
     estimated = _advantages(scores, beta * nats, rewards, values, mask, config)
@@ -132,13 +153,23 @@ def make_step(
     experience = {
       "sequences": sequences,
       "logprobs": rollout.logprobs,
-      "reference_logprobs": comparison.reference_logprobs,
+      "reference_logprobs": held_logprobs,
       "values": values,
       "advantages": advantages,
       "returns": returns,
     }
     if config.penalty.needs_reference:
       experience["reference_hidden"] = reference_hidden
+    texts = None
+    if config.mix is not None:
+      texts = text_mix.prepare(
+        batch.texts,
+        reference["transformer"],
+        mix=config.mix,
+        scale=scale,
+        minibatches=config.minibatches,
+        reference_model=config.reference or config.model,
+      )
     params, optimizer_state, learning = update(
       state.params,
       state.optimizer,
@@ -149,12 +180,13 @@ def make_step(
       # Whatever multiplied the rewards multiplies the penalty in the loss.
       price=scale * beta,
       reference_head=transformer.head(reference["transformer"]),
+      texts=texts,
     )
 
     scalars, by_position = ledger.of_rollout(
       rollout,
       comparison,
-      log_ratio,
+      terms.log_ratio,
       clamped,
       mask,
       group_size=config.group_size,
@@ -163,11 +195,17 @@ def make_step(
       ledger.with_error, group_size=config.group_size
     )
     scalars |= learning
-    total = scores - beta * jnp.where(mask, comparison.reverse_kl, 0.0).sum(1)
+    charged_kl = "kl/reverse_exact"
+    if anchored is not None:
+      scalars |= ledger.of_anchored(
+        anchored, mask, group_size=config.group_size
+      )
+      charged_kl = "kl/anchored" if config.anchored else charged_kl
+    total = scores - beta * jnp.where(mask, charged.reverse_kl, 0.0).sum(1)
     scalars |= with_error("reward/score", scores)
     scalars |= with_error("reward/total", total)
     scalars["kl/beta"] = beta
-    scalars["kl/penalty"] = beta * scalars["kl/reverse_exact"]
+    scalars["kl/penalty"] = beta * scalars[charged_kl]
     normalised = config.advantages == "grpo" and config.normalise_groups
     if normalised:
       scalars["ppo/equal_groups"] = (divisors == 0).mean()
@@ -177,10 +215,10 @@ def make_step(
       scalars["kl/beta_effective"] = beta * raw * unequal
     reliability = jnp.float32(jnp.nan)
     if agreement is not None:
-      reliability = agreement(reward_model, sequences, state.step)
+      reliability = agreement(reward_model, judged, state.step)
       scalars["reward/agreement"] = reliability
     if gold is not None:
-      golds = gold(sequences)
+      golds = gold(judged)
       reliability = preference_loss.concordance(
         scores, golds, group_size=config.group_size
       )
@@ -197,9 +235,7 @@ def make_step(
       step=state.step + 1,
       params=params,
       optimizer=optimizer_state,
-      beta=controller.update(
-        state.beta, scalars["kl/reverse_exact"], reliability
-      ),
+      beta=controller.update(state.beta, scalars[charged_kl], reliability),
     )
     return state, types.Metrics(scalars, samples, by_position)
 
@@ -222,6 +258,32 @@ def compare(
     The comparison, the values, and the reference's hidden states.
   """
   hidden = learner.response_hidden(policy, sequences, model=config.model)
+  comparison, reference_hidden = compare_states(
+    policy, hidden, reference, sequences, config
+  )
+  values = transformer.apply_scalar_head(policy["value_head"], hidden)
+  return comparison, values, reference_hidden
+
+
+def compare_states(
+  policy: types.Params,
+  hidden: Float[Array, "B R D"],
+  reference: types.Params,
+  sequences: types.Sequences,
+  config: PPOConfig,
+) -> tuple[logprobs_lib.Comparison, Float[Array, "B R E"]]:
+  """Policy against reference, where the policy's states are at hand.
+
+  Args:
+    policy: Whose states they are.
+    hidden: That predict the response's tokens, whatever preceded these.
+    reference: The other model.
+    sequences: What the reference reads, and the response.
+    config: Static settings.
+
+  Returns:
+    The comparison, and the reference's hidden states.
+  """
   reference_hidden = learner.response_hidden(
     reference, sequences, model=config.reference or config.model
   )
@@ -232,8 +294,21 @@ def compare(
     temperature=config.rollout.temperature,
     logits_per_chunk=config.logits_per_chunk,
   )
-  values = transformer.apply_scalar_head(policy["value_head"], hidden)
-  return comparison, values, reference_hidden
+  return comparison, reference_hidden
+
+
+def _terms(comparison: logprobs_lib.Comparison):
+  """What a penalty is made of at the rollout, and where it was clamped."""
+  log_ratio, clamped = kl.clamp_log_ratio(
+    comparison.logprobs - comparison.reference_logprobs
+  )
+  terms = kl.Terms(
+    log_ratio=log_ratio,
+    reverse_kl=comparison.reverse_kl,
+    forward_kl=comparison.forward_kl,
+    importance_ratio=jnp.ones_like(log_ratio),
+  )
+  return terms, clamped
 
 
 def _advantages(scores, penalties, rewards, values, mask, config: PPOConfig):
@@ -277,6 +352,7 @@ def update(
   optimizer: optax.GradientTransformation,
   price: Float[Array, ""],
   reference_head: Float[Array, "V E"],
+  texts: text_mix.Texts | None = None,
 ) -> tuple[types.Params, optax.OptState, dict[str, Float[Array, ""]]]:
   """Epochs of minibatches over the experience, all in `lax.scan`.
 
@@ -291,6 +367,7 @@ def update(
     optimizer: From `steps.optimizer`.
     price: What a nat in the loss costs, in the units of the advantages.
     reference_head: The reference's matrix of the logits.
+    texts: Of `config.mix`; cut into minibatches as the experience is.
 
   Returns:
     Parameters and optimiser state after the last update, and figures.
@@ -300,7 +377,10 @@ def update(
 
   def minibatch_step(carry, rows):
     params, optimizer_state = carry
+    rows, text_rows = rows
     minibatch = jax.tree.map(lambda x: x[rows], experience)
+    if texts is not None:
+      minibatch["texts"] = jax.tree.map(lambda x: x[text_rows], texts)
     gradient, sums = learner.gradient(
       params, minibatch, price, reference_head, config
     )
@@ -313,7 +393,12 @@ def update(
 
   def epoch(carry, epoch_key):
     rows = jax.random.permutation(epoch_key, batch).reshape(shape)
-    return lax.scan(minibatch_step, carry, rows)
+    text_rows = None
+    if texts is not None:
+      text_key = jax.random.fold_in(epoch_key, 0)
+      text_rows = jax.random.permutation(text_key, texts.weights.shape[0])
+      text_rows = text_rows.reshape(shape)
+    return lax.scan(minibatch_step, carry, (rows, text_rows))
 
   carry, sums = lax.scan(
     epoch,
@@ -327,6 +412,8 @@ def update(
     "ppo/clip_fraction": sums["clipped"].sum() / tokens,
     "ppo/grad_norm": sums["grad_norm"].mean(),
   }
+  if texts is not None:
+    metrics |= text_mix.figures(sums["texts"], texts, epochs=config.epochs)
   # KL(π_old‖π_new) on the rollout, as the last epoch found it.
   moved, squared = sums["moved"][-1].sum(), sums["moved_squared"][-1].sum()
   variance = (squared - moved**2 / batch) / max(batch - 1, 1)

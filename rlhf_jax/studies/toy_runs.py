@@ -154,6 +154,7 @@ def made(
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.pipeline = ConfigDict()
+    config.sweep.frontier = False  # A study judges by figures of its own.
   with workdir.sub(name, config.to_dict(), resume=True) as opened:
     if not (opened.path / "summary.json").exists():
       console.print(rich_text.Text(f"{name}{note}"))

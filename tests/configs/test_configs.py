@@ -133,6 +133,18 @@ def test_a_pipelines_stages_follow_its_seed_and_network(module):
   assert stages.sft.train.steps == sft.toy().train.steps
 
 
+def test_a_pipelines_stages_have_its_language_and_judge():
+  """Not its opening: narrow PPO on prompts that a broad policy knows."""
+  config = ppo.get_config(
+    "data.language=notes,data.judge_temperature=2,data.opening=person,"
+    "pipeline.reward_model.data.judge_temperature=0.5"
+  )
+  for name, temperature in (("sft", 2.0), ("reward_model", 0.5)):
+    data = config.pipeline[name].data
+    found = data.language, data.judge_temperature, data.opening
+    assert found == ("notes", temperature, "")
+
+
 def test_full_sizes_have_the_published_parameter_counts():
   """Of the released checkpoints: 1,235,814,400 and 8,030,261,248."""
   counts = []

@@ -37,6 +37,8 @@ def shrunk(config, *overrides):
       "train.samples_every=2",
       "checkpoint.every=2",
       "mesh.data=1",
+      "sweep.best_of=4",
+      "evaluate.prompts=64",
     ]
     defaults.apply_overrides(stage, sizes)
   defaults.apply_overrides(config, overrides)

@@ -29,6 +29,8 @@ def shrunk(*overrides):
       "train.steps=3",
       "train.samples_every=2",
       "checkpoint.every=1",
+      "sweep.best_of=4",
+      "evaluate.prompts=64",
     ]
     defaults.apply_overrides(stage, sizes)
   for stage in config.pipeline.values():
@@ -85,6 +87,26 @@ def test_the_members_and_their_workdirs(run):
       member["metrics"]
       == read(run / member["workdir"] / "summary.json")["metrics"]
     )
+
+
+def test_the_frontier(run):
+  """Its figures are those of the final policies; everything is in its place."""
+  record = read(run / "frontier.json")
+  found = [(m["beta"], m["seed"]) for m in record["members"]]
+  assert found == [(beta, seed) for beta in BETAS for seed in SEEDS]
+  for member in record["members"]:
+    assert set(member["sample"]) == {"prompt", "response"}
+    assert 0 <= member["win_rate"] <= 1 and member["kl_se"] > 0
+    # 64 responses here, the last steps' there: both are near the start.
+    metrics = read(run / member["workdir"] / "summary.json")["metrics"]
+    wanted = metrics["reward/gold"]
+    assert member["gold"] == pytest.approx(wanted, abs=6 * member["gold_se"])
+  assert [row["beta"] for row in record["by_beta"]] == list(BETAS)
+  assert {row["interval"] for row in record["by_beta"]} == {"seeds"}
+  assert [point["n"] for point in record["best_of_n"]] == [1, 2, 4]
+  assert record["best_of_n"][0]["kl_estimate"] == 0
+  assert record["recommendation"]["beta"] in BETAS
+  assert (run / "frontier.png").stat().st_size > 10_000
 
 
 def test_members_are_divided_over_devices():

@@ -46,6 +46,12 @@ BAD_FIELDS = [
   ("kl.schedule.shape=cosin", "shape: 'cosin'", "Did you mean 'cosine'?"),
   ("ppo.advantages=reinforce", "wanted 'gae' or", "mean 'reinforce_pp'?"),
   ("optimizer.schedule=cosin", "Did you mean 'cosine'?"),
+  (
+    "data.language=essay",
+    "config.data.language: 'essay'; wanted 'reviews' or 'notes' or 'essays'",
+    "Did you mean 'essays'?",
+  ),
+  ("data.opening=persons", "config.data.opening: 'persons'; wanted '' or"),
   # 3, 4: numbers.
   ("optimizer.learning_rate=nan", "learning_rate: nan; wanted finite and"),
   ("optimizer.learning_rate=inf", "learning_rate: inf; wanted finite and"),
@@ -53,6 +59,9 @@ BAD_FIELDS = [
   ("optimizer.b2=1", "config.optimizer.b2: 1.0; wanted in [0, 1)"),
   ("optimizer.weight_decay=-1", "weight_decay: -1.0; wanted finite and at"),
   ("optimizer.max_grad_norm=0", "max_grad_norm: 0.0"),
+  ("data.judge_temperature=0", "judge_temperature: 0.0; wanted finite and abo"),
+  ("data.judge_temperature=inf", "config.data.judge_temperature: inf; wanted"),
+  ("data.judge_temperature=nan", "config.data.judge_temperature: nan; wanted"),
   ("optimizer.warmup_steps=200", "warmup_steps: 200", "train.steps=200"),
   ("train.batch_size=0", "config.train.batch_size: 0; wanted at least 1"),
   ("train.steps=-5", "config.train.steps: -5; wanted at least 1"),
@@ -210,6 +219,23 @@ BAD_FIELDS = [
   ("reward.ensemble='.','tests/..'", "('.', 'tests/..')", "each model once"),
   ("reward.path=.,reward.ensemble='.'", "reward.path='.'; wanted each model"),
   ("data.path=nowhere", "config.data.path: 'nowhere'; wanted '' or a file"),
+  # The built-in languages, and files in none of them.
+  (
+    "data.path=a,data.language=notes",
+    "config.data.language: 'notes'; wanted 'reviews', the default, with data.p",
+  ),
+  (
+    "data.path=a,data.opening=person",
+    "config.data.opening: 'person'; wanted '' with data.path",
+  ),
+  (
+    "data.path=a,data.judge_temperature=2",
+    "config.data.judge_temperature: 2.0; wanted 1 with data.path",
+  ),
+  (
+    "data.language=notes,pipeline.sft.data.language=essays",
+    "config.data.language: 'notes'; wanted one language for all of",
+  ),
   # Sweeps and pipelines.
   ("sweep.betas=0,-1", "config.sweep.betas: (0, -1); wanted numbers"),
   ("sweep.betas='a'", "config.sweep.betas: ('a',); wanted numbers"),
@@ -280,6 +306,7 @@ def test_bad_fields(overrides, fragments):
     "ppo.advantages=reinforce_pp,kl.gradient=token_reverse,ppo.gamma=0",
     "ppo.group_size=4",
     "model.kv_heads=1,model.unroll=1",
+    "data.language=essays,data.opening=person,data.judge_temperature=1e-6",
   ],
 )
 def test_what_is_allowed_to_the_last(overrides):

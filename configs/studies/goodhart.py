@@ -1,0 +1,51 @@
+r"""Without the penalty the proxy rises while the gold falls.
+
+    python -m launch.study --config=configs/studies/goodhart.py \
+      --workdir=runs/goodhart
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults, ppo, studies
+
+
+def full() -> ConfigDict:
+  """What the README shows."""
+  config = studies.new(
+    study="goodhart",
+    claim=(
+      "Without the penalty the proxy rises while the gold falls, and the policy"
+      " turns to fluent-looking nonsense; a penalty prevents it."
+    ),
+    source="Gao, Schulman & Hilton 2022, arXiv:2210.10760, and folklore",
+  )
+  config.betas = (0.0, 0.02, 0.05, 0.1, 0.5)  # no penalty, then several
+  config.seeds = 5  # from config.seed on, under every β
+  config.window = 10  # steps of a mean: of the peak, and of the end
+  config.prompts = 512  # held out, that each policy answers in the end
+  config.kept = 0.8  # of the gain at gold's peak, where a penalty prevents it
+  # Of the SFT policy's responses, that look fluent by their NLL per token.
+  config.fluent = 0.95
+  config.training = ppo.toy()
+  config.training.seed = config.get_ref("seed").identity()
+  config.training.train.steps = 100
+  config.training.checkpoint.every = 1000
+  config.training.checkpoint.keep = 1
+  config.lock()
+  return config
+
+
+def reduced() -> ConfigDict:
+  """Seconds, for the tests: nothing is learned in so few steps."""
+  config = full()
+  config.betas = (0.0, 0.1)
+  config.seeds = 2
+  config.window = 2
+  config.prompts = 16
+  studies.shrink(config.training)
+  return config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The preset that `arg` names; see `configs.defaults.parse`."""
+  return defaults.parse(arg, {"full": full, "reduced": reduced})

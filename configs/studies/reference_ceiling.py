@@ -1,0 +1,52 @@
+r"""The reference's quality caps what RL can reach under the penalty.
+
+    python -m launch.study --config=configs/studies/reference_ceiling.py \
+      --workdir=runs/reference_ceiling
+
+TBD
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults, ppo, studies
+
+
+def full() -> ConfigDict:
+  """What the README shows."""
+  config = studies.new(
+    study="reference_ceiling",
+    claim="The reference's quality caps what RL can reach under the penalty.",
+    source=(
+      "folklore; the optimum π_ref·exp(r/β)/Z implies it, and Ouyang et al."
+      " 2022, arXiv:2203.02155, begin RL at SFT"
+    ),
+  )
+  # Steps of SFT that make the worse references; the best one, which the reward
+  # model stands on, is that of training.pipeline.sft.
+  config.shorter_sft = (10, 16, 25, 40)
+  config.betas = (0.05, 0.2, 1.0)  # reward units per nat
+  config.seeds = 3  # from config.seed on; each is a run of every arm
+  config.last = 20  # steps that are the end of a run
+  config.training = ppo.toy()
+  config.training.seed = config.get_ref("seed").identity()
+  config.training.train.steps = 60
+  config.training.checkpoint.keep = 1
+  config.training.checkpoint.every = 1000
+  config.lock()
+  return config
+
+
+def reduced() -> ConfigDict:
+  """Seconds, for the tests: nothing is learned in so few steps."""
+  config = full()
+  config.shorter_sft = (1, 2)
+  config.betas = (0.05, 1.0)
+  config.seeds = 2
+  config.last = 2
+  studies.shrink(config.training)
+  return config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The preset that `arg` names; see `configs.defaults.parse`."""
+  return defaults.parse(arg, {"full": full, "reduced": reduced})

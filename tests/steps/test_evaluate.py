@@ -1,0 +1,170 @@
+"""An evaluation beside the PPO step: the same responses, the same figures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import types
+from rlhf_jax.models import transformer
+from rlhf_jax.objective import beta, logprobs, masking
+from rlhf_jax.steps import evaluate, ppo, rewards, rollout
+
+B, P, R, V = 8, 4, 6, 13
+MODEL = transformer.TransformerConfig(
+  vocab_size=V,
+  width=16,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_size=4,
+  mlp_width=24,
+  max_length=32,
+  unroll=2,
+)
+NARROW = dataclasses.replace(MODEL, width=8, layers=1, unroll=1)
+ROLLOUT = rollout.RolloutConfig(
+  response_length=R, temperature=1.3, stop_ids=(3, 7), pad_id=3
+)
+KEY = jax.random.key(5)
+
+
+def make_policy(seed, model=MODEL):
+  """Random in every leaf, so that stops come early."""
+  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
+  rng = np.random.default_rng(seed)
+  draw = lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype)
+  head = transformer.init_scalar_head(model.width, use_bias=True)
+  return {"transformer": jax.tree.map(draw, shapes), "value_head": head}
+
+
+def make_reward_model(seed):
+  kernel = np.random.default_rng(seed).normal(size=MODEL.width)
+  return {
+    "transformer": make_policy(seed)["transformer"],
+    "score_head": {"kernel": jnp.float32(kernel)},
+    "normalisation": {"mean": jnp.float32(0.5), "std": jnp.float32(2.0)},
+  }
+
+
+def make_prompts():
+  rng = np.random.default_rng(7)
+  lengths = np.array([1, 2, 3, 4, 4, 3, 2, 1], np.int32)
+  tokens = rng.integers(0, V, (B, P)).astype(np.int32)
+  return types.Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
+
+
+def tokens_sum(sequences):
+  """A gold: the sum of a response's ids."""
+  mask = masking.response_mask(sequences.response_lengths, R)
+  return jnp.where(mask, sequences.response_tokens, 0).sum(1) * 1.0
+
+
+def run(policy, reference, key=KEY, *, gold=tokens_sum, narrow=False):
+  config = evaluate.EvaluateConfig(
+    model=MODEL,
+    reference=NARROW if narrow else MODEL,
+    rollout=ROLLOUT,
+    logits_per_chunk=4 * B * V,  # A column at a time.
+  )
+  compiled = jax.jit(
+    evaluate.make(config, score=rewards.from_model(MODEL), gold=gold)
+  )
+  prompts = make_prompts()
+  return jax.device_get(
+    compiled(policy, reference, make_reward_model(3), prompts, key)
+  )
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+  return run(make_policy(1), make_policy(2))
+
+
+def test_figures_are_those_of_a_ppo_step(evaluation):
+  """The ledger's names, on the rollout that a step with this key makes."""
+  config = ppo.PPOConfig(
+    model=MODEL, rollout=ROLLOUT, logits_per_chunk=4 * B * V
+  )
+  optimizer, controller = optax.sgd(0.1), beta.fixed()
+  step = ppo.make_step(
+    config,
+    score=rewards.from_model(MODEL),
+    optimizer=optimizer,
+    controller=controller,
+    gold=tokens_sum,
+  )
+  state = ppo.init_state(
+    make_policy(1), beta=0.1, optimizer=optimizer, controller=controller
+  )
+  step_key = jax.random.key(9)
+  rollout_key = jax.random.split(jax.random.fold_in(step_key, 0))[0]
+  _, metrics = jax.jit(step)(
+    state, make_policy(2), make_reward_model(3), make_prompts(), step_key
+  )
+  found = run(make_policy(1), make_policy(2), rollout_key)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    found.rollout.sequences,
+    jax.device_get(metrics.samples.sequences),
+  )
+  tokens = found.rollout.sequences.response_lengths.sum()
+  for name, mine in {
+    "kl/reverse_k1": found.reverse_k1.mean(),
+    "kl/reverse_k3": found.reverse_k3.mean(),
+    "kl/reverse_exact": found.reverse_exact.mean(),
+    "kl/forward_exact": found.forward_exact.mean(),
+    "reward/score": found.score.mean(),
+    "reward/gold": found.gold.mean(),
+    "rollout/reference_nll": found.reference_nll.sum() / tokens,
+    "rollout/truncated_fraction": found.rollout.truncated.mean(),
+    "ppo/entropy": found.entropy.sum() / tokens,
+  }.items():
+    assert mine == pytest.approx(float(metrics.scalars[name]), rel=1e-5), name
+
+
+def test_equal_models_are_at_kl_zero_exactly():
+  found = run(make_policy(1), make_policy(1))
+  for nats in (
+    found.reverse_k1,
+    found.reverse_k3,
+    found.reverse_exact,
+    found.forward_exact,
+  ):
+    assert (nats == 0).all()
+
+
+def test_figures_are_sums_over_the_response(evaluation):
+  """From the definition, row by row, at lengths that differ."""
+  lengths = evaluation.rollout.sequences.response_lengths
+  assert len(set(lengths.tolist())) > 1
+  for row, length in enumerate(lengths):
+    of = logprobs.Comparison(*(x[row, :length] for x in evaluation.comparison))
+    log_ratio = np.float64(of.logprobs) - of.reference_logprobs
+    k3 = np.expm1(-log_ratio) + log_ratio
+    for mine, nats in (
+      (evaluation.reverse_k1, log_ratio),
+      (evaluation.reverse_k3, k3),
+      (evaluation.reverse_exact, of.reverse_kl),
+      (evaluation.forward_exact, of.forward_kl),
+      (evaluation.reference_nll, -of.reference_logprobs),
+      (evaluation.entropy, of.entropy),
+    ):
+      np.testing.assert_allclose(mine[row], nats.sum(), rtol=1e-4)
+    # Decoding and teacher forcing agree on the policy's own logprobs.
+    decoded = evaluation.rollout.logprobs[row, :length]
+    np.testing.assert_allclose(of.logprobs, decoded, atol=1e-5)
+
+
+def test_a_reference_of_another_architecture():
+  found = run(make_policy(1), make_policy(2, NARROW), narrow=True)
+  assert (found.reverse_exact > 0).all()
+
+
+def test_no_gold(evaluation):
+  found = run(make_policy(1), make_policy(2), gold=None)
+  assert found.gold is None
+  np.testing.assert_array_equal(found.score, evaluation.score)
