@@ -8,6 +8,10 @@ are the pairs that `configs/reward_model.py` would learn from.
     python -m launch.train --config=configs/dpo.py:toy,dpo.loss=ipo \
       --config.policy.path=runs/dpo/sft --workdir=runs/ipo
 
+On two cores of a server CPU that other work shared: 60 s, half of them for the
+SFT policy. Seed 0, β = 0.1: gold −0.12 → 1.24, KL 2.0 nats, held-out accuracy
+65 % (the judge errs, too).
+
 `hh` learns from pairs of your own (JSONL of `prompt`, `chosen`, `rejected`) on
 top of a Hugging Face model or an SFT workdir:
 

@@ -39,7 +39,7 @@ def full() -> ConfigDict:
 def reduced() -> ConfigDict:
   """Seconds, for the tests: nothing is learned in so few steps."""
   config = full()
-  config.shorter_sft = (1, 2)
+  config.shorter_sft = (1,)
   config.betas = (0.05, 1.0)
   config.seeds = 2
   config.last = 2

@@ -85,7 +85,9 @@ def heldout_prompts(
       f"; {cut.rows} are longer than rollout.prompt_length="
       f"{config.rollout.prompt_length} and lost their first tokens"
     )
-  console.print(f"evaluate: {line}", markup=False, highlight=False)
+  console.print(
+    f"evaluate: {line}", markup=False, highlight=False, soft_wrap=True
+  )
   return prompts
 
 
@@ -184,7 +186,7 @@ def summarise(evaluation: evaluate_lib.Evaluation) -> dict[str, float]:
 def with_error(name: str, per_response: npt.ArrayLike) -> dict[str, float]:
   """The mean under its name, its standard error beside it."""
   x = np.asarray(per_response, np.float64)
-  return {name: float(x.mean()), f"{name}_se": float(stats.sem(x))}
+  return {name: float(x.mean()), f"{name}_se": _error(x)}
 
 
 def ratio_with_error(
@@ -196,8 +198,13 @@ def ratio_with_error(
   """
   x, n = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
   ratio = x.sum() / n.sum()
-  error = stats.sem(x - ratio * n) / n.mean()
-  return {name: float(ratio), f"{name}_se": float(error)}
+  error = _error(x - ratio * n) / float(n.mean())
+  return {name: float(ratio), f"{name}_se": error}
+
+
+def _error(x: Float[np.ndarray, "N"]) -> float:
+  """Standard error of the mean; of a single number it is not known."""
+  return float(x.std(ddof=1)) / len(x) ** 0.5 if len(x) > 1 else float("nan")
 
 
 def _diversity(rollout: types.Rollout) -> dict[str, float]:

@@ -25,12 +25,12 @@ from rlhf_jax.host import (
   loop,
   mix_texts,
   roles,
+  sample_records,
   settings,
   toy_language,
   validate,
 )
 from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import tokenizer as tokenizer_lib
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.models import transformer
 from rlhf_jax.steps import optimizer as optimizer_lib
@@ -123,7 +123,7 @@ def train(
   key = jnp.stack(keys) if stacked else keys[0]
 
   def arguments(index):
-    each = [_batch(m.config, *data[m.config.seed], index) for m in members]
+    each = [_batch(m.config, data[m.config.seed], index) for m in members]
     batch = jax.tree.map(lambda *x: np.stack(x), *each) if stacked else each[0]
     placed = sharding.place_batch(batch, mesh, leading=int(stacked))
     return reference, reward_params, placed, key
@@ -238,8 +238,9 @@ def _data(models, members, console):
   return found
 
 
-def _batch(config, prompts, texts, index):
+def _batch(config, data, index):
   """What a step sees; the responses to a prompt are neighbours."""
+  prompts, texts = data
   rows = functools.partial(batches.batch_at, seed=config.seed, step=index)
   each = config.train.batch_size // config.ppo.group_size
   groups = lambda x: np.repeat(x, config.ppo.group_size, axis=0)
@@ -279,7 +280,9 @@ def _record(member, policy, index, metrics, seconds):
   workdir.append_metrics(index, scalars | times)
   last = index + 1 == config.train.steps
   if last or index % config.train.samples_every == 0:
-    workdir.append_samples(_sample_records(index, policy, metrics))
+    workdir.append_samples(
+      sample_records.of_step(index, policy, metrics, most=SAMPLES)
+    )
   shown = {
     "score": "reward/score",
     "gold": "reward/gold",
@@ -287,32 +290,3 @@ def _record(member, policy, index, metrics, seconds):
   }
   figures = {n: scalars[m] for n, m in shown.items() if m in scalars}
   return figures | {"tokens/s": times["time/response_tokens_per_s"]}
-
-
-def _sample_records(index, policy, metrics):
-  """Some responses; the first record also has the batch's KL by position."""
-  records = []
-  samples, sequences = metrics.samples, metrics.samples.sequences
-  for row in range(min(SAMPLES, len(samples.scores))):
-    prompt = sequences.prompt_tokens[row]
-    prompt = prompt[len(prompt) - sequences.prompt_lengths[row] :]
-    size = sequences.response_lengths[row]
-    decode = lambda ids: tokenizer_lib.decode(policy.tokenizer, ids.tolist())
-    numbers = lambda x, row=row, size=size: np.round(x[row, :size], 5).tolist()
-    records.append(
-      {
-        "step": index,
-        "prompt": decode(prompt),
-        "response": decode(sequences.response_tokens[row, :size]),
-        "score": float(samples.scores[row]),
-        "logprobs": numbers(samples.logprobs),
-        "reference_logprobs": numbers(samples.reference_logprobs),
-        "reverse_kl": numbers(samples.reverse_kl),
-      }
-    )
-  reached = int(np.sum(metrics.by_position["responses"] > 0))
-  records[0]["by_position"] = {
-    name: np.round(x[:reached], 5).tolist()
-    for name, x in metrics.by_position.items()
-  }
-  return records

@@ -144,18 +144,14 @@ def save(workdir: workdir_lib.Workdir, pretrained: Pretrained) -> None:
 
 
 def check_speaks_the_built_in_language(
-  policy: Pretrained, config: ConfigDict | None = None
+  policy: Pretrained, config: ConfigDict
 ) -> None:
   """Requires that the policy's ids are those of `config.data.language`.
-
-  Args:
-    policy: Of any tokenizer.
-    config: Names the language; None is the default one.
 
   Raises:
     UserError: They are not; other ids would be read as its words.
   """
-  name = "reviews" if config is None else config.data.language
+  name = config.data.language
   ids = list(range(len(policy.tokenizer)))
   words = tuple(policy.tokenizer.convert_ids_to_tokens(ids))
   spoken = [

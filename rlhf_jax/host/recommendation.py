@@ -42,7 +42,7 @@ def by_gold(rows: Sequence[Row], golds: Golds, start: float) -> dict[str, Any]:
   is_above = gold["low"] > start
   text = [
     f"β = {chosen['beta']:g} is recommended: gold {_interval(gold)} at "
-    f"{kl:.3g} nats per response; the start's gold is {start:.3g}."
+    f"{kl:.3g} nats per response; the start's gold is {start:.2f}."
   ]
   if not is_above:
     text.append("That is not surely a gain.")
@@ -98,7 +98,7 @@ def by_proxy(rows: Sequence[Row], start: float) -> dict[str, Any]:
     "above_start": proxy["low"] > start,
     "text": (
       f"β = {chosen['beta']:g} {why}: proxy {_interval(proxy)} at {kl:.3g} "
-      f"nats per response; the start's proxy is {start:.3g}. There is no gold "
+      f"nats per response; the start's proxy is {start:.2f}. There is no gold "
       "to check this by: read the samples before you trust it. " + _UNIT
     ),
   }

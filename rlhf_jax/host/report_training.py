@@ -121,7 +121,12 @@ def _frontier(run: report_runs.Run) -> Iterator[html.Node]:
     yield html.image(run.figure, "png", "The reward against the KL, by β")
   for name, caption in _FRONTIER.items():
     if rows := frontier.get(name):
-      yield html.records(rows, caption=caption)
+      # Texts have a table of their own, below.
+      figures = [
+        {key: value for key, value in row.items() if key != "sample"}
+        for row in rows
+      ]
+      yield html.records(figures, caption=caption)
 
 
 def _curves(runs: Runs) -> Iterator[html.Node]:

@@ -56,6 +56,7 @@ def losses(
         f" {cut.tokens} tokens",
         markup=False,
         highlight=False,
+        soft_wrap=True,
       )
     for figure, model in (("nll", policy), ("reference_nll", reference)):
       sums, counts = _map(config, model, rows)
@@ -75,7 +76,8 @@ def _corpora(config, policy, console) -> dict[str, Sequence]:
     )
   for path in config.evaluate.corpora:
     texts, counts = readers.read_texts(path)
-    console.print(f"evaluate: {path}: {counts}", markup=False, highlight=False)
+    line = f"evaluate: {path}: {counts}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
     corpora[pathlib.Path(path).stem] = [
       tokenizer_lib.encode_pair(policy.tokenizer, *text) for text in texts
     ]

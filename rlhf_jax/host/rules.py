@@ -390,7 +390,7 @@ RULES = (
   ),
   (
     "mix.opening",
-    lambda c: not c.mix.opening or c.mix.kind != "none" and not c.mix.path,
+    lambda c: not c.mix.opening or (c.mix.kind != "none" and not c.mix.path),
     "'' unless mix.kind brings texts of the built-in language (no mix.path)",
   ),
   (

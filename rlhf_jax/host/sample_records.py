@@ -37,6 +37,9 @@ def of_step(
         "step": step,
         "prompt": decode(prompt),
         "response": decode(sequences.response_tokens[row, :size]),
+        "tokens": [
+          decode(sequences.response_tokens[row, i : i + 1]) for i in range(size)
+        ],
         "score": float(samples.scores[row]),
         "logprobs": numbers(samples.logprobs),
         "reference_logprobs": numbers(samples.reference_logprobs),

@@ -84,8 +84,8 @@ def _found(config, path: str, field: str, stage: str, trained) -> str:
 
 def _print_differences(config, trained, console) -> None:
   """Says where responses are drawn otherwise than in training."""
-  for name, value in config.rollout.items():
-    before = trained["rollout"][name]
+  for name, before in trained["rollout"].items():
+    value = config.rollout[name]
     value = list(value) if isinstance(value, tuple) else value
     if value != before:
       console.print(
@@ -93,6 +93,7 @@ def _print_differences(config, trained, console) -> None:
         style="yellow",
         markup=False,
         highlight=False,
+        soft_wrap=True,
       )
 
 

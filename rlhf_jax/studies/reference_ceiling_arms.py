@@ -21,13 +21,15 @@ class Curves(NamedTuple):
 
   gold: np.ndarray
   kl: np.ndarray
+  score: np.ndarray
 
 
 class Arm(NamedTuple):
   """A reference under a β, over the last steps: means over seeds.
 
   `low` and `high` are of gold's 95 % interval; `gain` is over the reference's
-  gold; `late` is what the last steps have more than as many before them.
+  gold; `late` is what the last steps have more than as many before them;
+  `score` is the reward model's.
   """
 
   sft_steps: int
@@ -40,6 +42,7 @@ class Arm(NamedTuple):
   late_low: float
   late_high: float
   kl: float
+  score: float
 
 
 class Slope(NamedTuple):
@@ -78,7 +81,9 @@ def of_members(
   )
   return {
     (sft_steps, beta): Curves(
-      stack("reward/gold", beta), stack("kl/reverse_exact", beta)
+      stack("reward/gold", beta),
+      stack("kl/reverse_exact", beta),
+      stack("reward/score", beta),
     )
     for beta in dict.fromkeys(member.beta for member in members)
   }
@@ -97,6 +102,7 @@ def of_arm(reference: Reference, beta: float, curves: Curves, last: int) -> Arm:
     gold.mean - reference.gold,
     *late,
     float(_end(curves.kl, last).mean()),
+    float(_end(curves.score, last).mean()),
   )
 
 

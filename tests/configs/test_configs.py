@@ -8,7 +8,7 @@ import sys
 import ml_collections
 import pytest
 
-from configs import defaults, ppo, quickstart, reward_model, sft
+from configs import defaults, dpo, ppo, quickstart, reward_model, sft
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -21,6 +21,8 @@ PRESETS = [
   (ppo, "stories"),
   (ppo, "1b"),
   (ppo, "8b"),
+  (dpo, "toy"),
+  (dpo, "hh"),
   (quickstart, "toy"),
 ]
 

@@ -1,10 +1,10 @@
 """The DPO stage at a tiny size: files, ledger, resume, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -107,15 +107,15 @@ def test_it_leaves_what_the_contract_names(trained):
   assert summary["wall_s"] > 0
   metrics = summary["metrics"]
   for name in ("loss", "accuracy", "margin"):
-    assert np.isfinite([metrics[f"dpo/{name}"], metrics[f"dpo/heldout_{name}"]])
+    both = metrics[f"dpo/{name}"], metrics[f"dpo/heldout_{name}"]
+    assert np.isfinite(both).all()
   for name in ("kl/reverse_exact", "reward/gold"):
     assert metrics[name] == rows(trained)[-1][name]
     assert metrics[f"{name}_se"] > 0
   assert metrics["kl/reverse_exact"] > 0.001
   found = pretrained.load_workdir(trained)
   assert found.stop_ids == (toy_language.STOP_ID,)
-  start = pretrained.load(tiny().policy.path or str(trained), tiny())
-  assert jax.tree.structure(start.params) == jax.tree.structure(found.params)
+  assert list(found.params) == ["transformer"]
 
 
 def test_the_first_step_begins_at_the_reference(trained):
@@ -173,43 +173,39 @@ def test_a_finished_run_is_finished(policy, tmp_path):
   assert (untimed(run), rows(run, "samples")) == before
 
 
-def other_policy(policy, directory):
-  """The same with one number changed."""
-  params, metadata = checkpoint.load_params(policy / "model")
-  params["transformer"]["final_norm"]["scale"][0] += 0.1
-  with workdir_lib.Workdir.open(
-    directory, {"stage": "sft"}, resume=False
-  ) as opened:
-    found = pretrained.load_workdir(policy)
-    pretrained.save(opened, found)
+def move(directory):
+  """Changes a number of a saved policy."""
+  params, metadata = checkpoint.load_params(directory / "model")
+  params["transformer"]["final_norm"]["scale"][:] += 1.0
   checkpoint.save_params(directory / "model", params, metadata)
-  return directory
 
 
-def test_another_reference_is_refused_on_resume(policy, tmp_path):
+@pytest.fixture
+def held(policy, tmp_path):
+  """Another policy."""
+  shutil.copytree(policy, tmp_path / "held")
+  move(tmp_path / "held")
+  return tmp_path / "held"
+
+
+def test_another_reference_is_refused_on_resume(policy, held, tmp_path):
   """Trap 11. By the cache, before anything is compiled; with it gone, too."""
-  held = other_policy(policy, tmp_path / "held")
-  options = f"reference.path={held}", "train.steps=2"
-  run = train(policy, tmp_path / "run", *options)
-  params, metadata = checkpoint.load_params(held / "model")
-  params["transformer"]["final_norm"]["scale"][0] += 0.1
-  checkpoint.save_params(held / "model", params, metadata)
-  longer = f"reference.path={held}", "train.steps=4"
+  option = f"reference.path={held}"
+  run = train(policy, tmp_path / "run", option, "train.steps=2")
+  move(held)
   with pytest.raises(errors.UserError, match=r"safetensors: reference: \w{12}"):
-    train(policy, run, *longer, resume=True)
+    train(policy, run, option, resume=True)
   (run / "reference_logprobs.safetensors").unlink()
   with pytest.raises(errors.UserError, match="dpo: the reference"):
-    train(policy, run, *longer, resume=True)
+    train(policy, run, option, resume=True)
 
 
-def test_a_reference_of_its_own(policy, tmp_path):
+def test_a_reference_of_its_own(policy, held, tmp_path):
   """Then the policy does not begin at KL 0."""
-  held = other_policy(policy, tmp_path / "held")
-  run = train(
-    policy, tmp_path / "run", f"reference.path={held}", "train.steps=1"
-  )
-  assert rows(run)[0]["kl/reverse_exact"] > 1e-5
-  assert rows(run)[0]["dpo/margin"] != 0
+  option = f"reference.path={held}"
+  run = train(policy, tmp_path / "run", option, "train.steps=1")
+  assert rows(run)[0]["kl/reverse_exact"] > 1e-4
+  assert abs(rows(run)[0]["dpo/margin"]) > 1e-4
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -225,13 +225,16 @@ def refusal(evaluate, *args, **options):
   return str(caught.value)
 
 
-def test_no_reference_is_to_be_found(models, evaluate):
+def test_no_run_names_a_reference(evaluate):
   message = refusal(evaluate, policy="sft")
   assert message.startswith("config.reference.path: '', and")
   assert "no workdir of stage ppo or dpo" in message
+
+
+def test_a_run_that_started_at_random(models, evaluate):
   config = trained(models, "policy.path=")
   save(models / "random", pretrained.load_policy(tiny()), config)
-  message = refusal(evaluate, policy="random", resume=True)
+  message = refusal(evaluate, policy="random")
   assert "random/config.json has none" in message
 
 

@@ -35,9 +35,3 @@ def test_a_policy_of_another_language_is_refused():
     "config.data.language: 'essays'; wanted 'notes', the language of a random"
     " start"
   )
-
-
-def test_without_a_config_the_language_is_the_default():
-  pretrained.check_speaks_the_built_in_language(started("reviews")[0])
-  with pytest.raises(errors.UserError, match="'reviews'; wanted 'notes'"):
-    pretrained.check_speaks_the_built_in_language(started("notes")[0])

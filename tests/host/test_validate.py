@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from configs import ppo, quickstart, reward_model, sft
+from configs import dpo, ppo, quickstart, reward_model, sft
 from rlhf_jax import errors
 from rlhf_jax.host import rules, validate
 from rlhf_jax.objective import kl
@@ -19,6 +19,8 @@ PRESETS = [
   (ppo, "stories", 8),
   (ppo, "1b", 8),
   (ppo, "8b", 64),
+  (dpo, "toy", 8),
+  (dpo, "hh", 8),
   (quickstart, "toy", 1),
 ]
 
@@ -26,7 +28,22 @@ PRESETS = [
 BAD_FIELDS = [
   # Bad inputs 1: a word for one of a few things.
   ("stage=pppo", "config.stage: 'pppo'; wanted", "Did you mean 'ppo'?"),
-  ("stage=dpo", "config.stage: 'dpo'; wanted 'pipeline' or 'sft'"),
+  ("stage=rloo", "config.stage: 'rloo'; wanted 'pipeline' or 'sft'"),
+  ("dpo.loss=sipo", "config.dpo.loss: 'sipo'; wanted 'dpo' or 'conservative'"),
+  ("dpo.label_smoothing=0.5", "label_smoothing: 0.5; wanted in [0, 0.5)"),
+  ("dpo.label_smoothing=0.1", "above 0, with dpo.loss='conserv", "here 'dpo'"),
+  ("dpo.loss=robust", "dpo.label_smoothing: 0.0; wanted the share of labels"),
+  ("dpo.margin=-1", "config.dpo.margin: -1.0; wanted finite and at least 0"),
+  ("dpo.undesirable_weight=0", "undesirable_weight: 0.0; wanted", "above 0"),
+  ("stage=dpo,kl.beta=0", "config.kl.beta: 0.0; wanted above 0 in stage 'dpo'"),
+  (
+    "stage=dpo,dpo.loss=simpo,kl.beta=0",
+    "config.kl.beta: 0.0; wanted above 0 in stage 'dpo'",
+  ),
+  (
+    "stage=dpo,kl.controller=trust",
+    "config.kl.controller: 'trust'; wanted 'fixed' in stage 'dpo'",
+  ),
   ("model.norm=rsm", "config.model.norm: 'rsm'", "Did you mean 'rms'?"),
   ("model.positions=alibi", "wanted 'rope' or 'learned'"),
   ("model.activation=relu", "wanted 'swiglu' or 'gelu'"),

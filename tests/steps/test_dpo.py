@@ -222,9 +222,8 @@ def test_one_compilation_for_every_beta():
   """β is traced."""
   step = jax.jit(dpo.make_step(make_config("dpo"), KEEP))
   batch = make_batch("dpo")
-  found = [
-    step(start(PARAMS, KEEP, b), batch)[1]["dpo/loss"] for b in (0.1, 2.0)
-  ]
+  loss = lambda beta: step(start(PARAMS, KEEP, beta), batch)[1]["dpo/loss"]
+  found = [loss(0.1), loss(2.0)]
   assert step._cache_size() == 1
   assert abs(found[0] - found[1]) > 0.01
 

@@ -1,0 +1,47 @@
+r"""Starting conservative and relaxing beats a constant β.
+
+    python -m launch.study --config=configs/studies/beta_schedule.py \
+      --workdir=runs/beta_schedule
+
+TBD
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults, ppo, studies
+
+
+def full() -> ConfigDict:
+  """What the README shows."""
+  config = studies.new(
+    study="beta_schedule",
+    claim="Starting conservative and relaxing beats a constant β.",
+    source="folklore; measured as gold reward at equal KL",
+  )
+  config.constants = (0.02, 0.05, 0.1, 0.2, 0.5)  # β, reward units per nat
+  config.conservative_beta = 0.5  # where all others begin
+  config.target = 4.0  # of ziegler and dual, nats per response
+  config.seeds = 4  # from config.seed on; each is a run of every arm
+  config.last = 15  # steps that are the end of a run
+  config.training = ppo.toy()
+  config.training.seed = config.get_ref("seed").identity()
+  config.training.train.steps = 70
+  config.training.checkpoint.keep = 1
+  config.training.checkpoint.every = 1000
+  config.lock()
+  return config
+
+
+def reduced() -> ConfigDict:
+  """Seconds, for the tests: nothing is learned in so few steps."""
+  config = full()
+  config.constants = (0.02, 0.1, 0.5)
+  config.seeds = 2
+  config.last = 2
+  studies.shrink(config.training)
+  return config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The preset that `arg` names; see `configs.defaults.parse`."""
+  return defaults.parse(arg, {"full": full, "reduced": reduced})

@@ -1,0 +1,55 @@
+r"""PPO's clipping and the KL penalty are complementary.
+
+    python -m launch.study --config=configs/studies/clip_and_penalty.py \
+      --workdir=runs/clip_and_penalty
+
+TBD
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults, ppo, studies
+
+
+def full() -> ConfigDict:
+  """What the README shows."""
+  config = studies.new(
+    study="clip_and_penalty",
+    claim=(
+      "PPO's clipping and the KL penalty are complementary: one bounds a step,"
+      " the other the distance."
+    ),
+    source=(
+      "folklore; Schulman et al. 2017, arXiv:1707.06347, section 3, for"
+      " the step; Ziegler et al. 2019, arXiv:1909.08593, for the distance"
+    ),
+  )
+  config.clips = (0.05, 0.2, 0.5)  # values of ppo.clip_epsilon that clip
+  config.no_clip = 0.99  # one that does not, up to ratios of 1.99
+  config.seeds = 4  # from config.seed on; each is a run of every arm
+  config.last = 15  # steps that are the end of a run
+  config.margin = 0.2  # gold reward that both together may lose to one alone
+  config.training = ppo.toy()
+  config.training.seed = config.get_ref("seed").identity()
+  config.training.kl.beta = 0.1  # where the penalty is on
+  config.training.ppo.epochs = 4  # Enough that clipping acts.
+  config.training.train.steps = 60
+  config.training.checkpoint.keep = 1
+  config.training.checkpoint.every = 1000
+  config.lock()
+  return config
+
+
+def reduced() -> ConfigDict:
+  """Seconds, for the tests: nothing is learned in so few steps."""
+  config = full()
+  config.clips = (0.2,)
+  config.seeds = 2
+  config.last = 2
+  studies.shrink(config.training)
+  return config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The preset that `arg` names; see `configs.defaults.parse`."""
+  return defaults.parse(arg, {"full": full, "reduced": reduced})

@@ -1,0 +1,344 @@
+"""Is a small RLHF policy preferred to a raw model 100 times its size?
+
+Each seed makes all models anew: a small language model, a reward model of the
+same size on top of it, the PPO policy of both, and a large language model. The
+two language models are trained alike, by next-token prediction on the texts of
+the built-in language, for as many steps; only PPO has seen preferences. The
+judge is the gold reward, on responses to held-out prompts. A seed is one
+observation, and intervals are over seeds.
+
+That the large model is large is not enough: it must be the better language
+model as well, by its loss on texts that neither was trained on.
+
+Differs from the paper: GPT-3 was pretrained on another distribution than that
+of its instructions, and prompted; here the large model was trained on just the
+texts that the small one's SFT saw. All that it lacks is RLHF.
+"""
+
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+from rich import console as rich_console
+
+from rlhf_jax.host import (
+  evaluation,
+  retention,
+  roles,
+  toy_language,
+  validate,
+)
+from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.models import transformer
+from rlhf_jax.steps import evaluate as evaluate_lib
+from rlhf_jax.studies import (
+  intervals,
+  small_beats_large_figure,
+  study,
+  toy_runs,
+)
+
+SMALL, RLHF, LARGE = "small", "small, RLHF", "large"
+
+
+class Measured(NamedTuple):
+  """A model of one seed, on held-out prompts and texts.
+
+  Attributes:
+    nll: Of held-out texts, nats per token.
+    above_floor: What of it the language itself does not have.
+    gold: The mean of its responses.
+    errors: Ungrammatical pairs a response.
+    kl: To the small language model, nats per response; of the large model 0,
+      as it is compared with itself.
+    wins: Share of prompts where its gold is above the large model's; a tie
+      counts half.
+    wins_low: The end of its 95 % interval over prompts, as `wins_high`.
+    wins_by_score: The same share by the seed's reward model.
+  """
+
+  seed: int
+  model: str
+  parameters: int
+  nll: float
+  above_floor: float
+  gold: float
+  errors: float
+  kl: float
+  wins: float
+  wins_low: float
+  wins_high: float
+  wins_by_score: float
+
+
+class Judged(NamedTuple):
+  """A model over all seeds; `low` and `high` end 95 % intervals."""
+
+  model: str
+  parameters: int
+  above_floor: float
+  gold: float
+  gold_low: float
+  gold_high: float
+  wins: float
+  wins_low: float
+  wins_high: float
+  by_score: float
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses fields that make no sense.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  for wanted, holds, fields in (
+    ("above 1", lambda x: x > 1, "times"),
+    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
+    ("at least 2", lambda x: x >= 2, "prompts"),
+  ):
+    study.require(config, wanted, holds, fields)
+  first = _of_seed(config, config.seed)
+  toy_runs.check(config, {"ppo": first}, {"sweep.seeds": ()})
+  study.require(
+    config,
+    "'sft' and '': it is only pretrained, from a random start",
+    lambda large: (large.stage, large.policy.path) == ("sft", ""),
+    "large",
+  )
+  validate.validate(config.large, device_count=jax.device_count())
+  small, large = map(_parameters, (config.training, config.large))
+  study.require(
+    config,
+    f"at most {large / small:.1f}: large has {large:,} parameters and training"
+    f" {small:,}",
+    lambda times: times * small <= large,
+    "times",
+  )
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+) -> study.Outcome:
+  """Makes the models of each seed, in its sub-workdir, and compares them."""
+  measured, samples = [], []
+  for seed in range(config.seed, config.seed + config.seeds):
+    training = _of_seed(config, seed)
+    name = f"seed-{seed}"
+    with workdir.sub(name, training.to_dict(), resume=True) as opened:
+      begun = toy_runs.start(training, opened, console)
+      policy = toy_runs.made(
+        "ppo", toy_runs.from_start(training, begun), opened, console
+      )
+      raw = toy_runs.varied(config.large, {"seed": seed})
+      large = toy_runs.made("large", raw, opened, console)
+    paths = {SMALL: begun.policy, RLHF: policy, LARGE: large}
+    rows, texts = _measure(config, training, begun, paths, seed, console)
+    measured += rows
+    samples = samples or texts
+  judged = [judge(measured, model) for model in (SMALL, RLHF, LARGE)]
+  return study.Outcome(
+    verdict=verdict(measured),
+    paragraph=_paragraph(config, measured, judged),
+    tables=_tables(config, measured, judged, samples),
+    figure=small_beats_large_figure.draw(measured, judged),
+  )
+
+
+def verdict(measured: list[Measured]) -> str:
+  """The rule: the small policy wins, against the better language model.
+
+  Both by intervals over seeds: more than half of the prompts, and a loss that
+  is lower than that of the small language model.
+  """
+  wins = intervals.of_mean(_column(measured, RLHF, "wins"))
+  lead = intervals.of_difference(
+    _column(measured, SMALL, "nll"), _column(measured, LARGE, "nll")
+  )
+  holds = wins.low > 0.5 and lead.low > 0
+  return study.HOLDS if holds else study.DOES_NOT_HOLD
+
+
+def judge(measured: list[Measured], model: str) -> Judged:
+  """One model's means, with intervals over seeds."""
+  column = lambda field: _column(measured, model, field)
+  return Judged(
+    model,
+    int(column("parameters")[0]),
+    float(np.mean(column("above_floor"))),
+    *intervals.of_mean(column("gold")),
+    *intervals.of_mean(column("wins")),
+    float(np.mean(column("wins_by_score"))),
+  )
+
+
+def _column(measured: list[Measured], model: str, field: str) -> list[float]:
+  return [row._asdict()[field] for row in measured if row.model == model]
+
+
+def _of_seed(config: ConfigDict, seed: int) -> ConfigDict:
+  """The small policy's config: everything before PPO has its seed, too."""
+  stages = [f"pipeline.{name}." for name in config.training.pipeline]
+  return toy_runs.varied(
+    config.training, {f"{stage}seed": seed for stage in ("", *stages)}
+  )
+
+
+def _parameters(config: ConfigDict) -> int:
+  """Of the model that would start at random."""
+  vocab_size = len(toy_language.of(config).vocabulary)
+  model = pretrained_lib.architecture(config, vocab_size=vocab_size)
+  return _count(
+    jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
+  )
+
+
+def _count(params) -> int:
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _measure(config, training, begun, paths, seed, console):
+  """A row a model, and what they write to the first prompt."""
+  training = toy_runs.varied(
+    toy_runs.from_start(training, begun), {"evaluate.prompts": config.prompts}
+  )
+  models = {
+    name: pretrained_lib.load(str(path), training)
+    for name, path in paths.items()
+  }
+  reward = roles.reward(training, models[SMALL])
+  prompts = evaluation.heldout_prompts(training, models[SMALL], console)
+  found = {
+    # Streams of their own: responses of two models are independent.
+    name: evaluation.evaluate(
+      training,
+      model,
+      models[LARGE if name == LARGE else SMALL],
+      reward,
+      prompts,
+      seed=evaluation.seed_of(seed, stream),
+    )
+    for stream, (name, model) in enumerate(models.items())
+  }
+  floor = _floor(training)
+  rows = [
+    _row(
+      seed,
+      name,
+      _count(models[name].params),
+      retention.losses(training, models[name], models[name], console),
+      floor,
+      found[name],
+      found[LARGE],
+      toy_language.of(training),
+    )
+    for name in paths
+  ]
+  return rows, _first_texts(models[SMALL], found)
+
+
+def _row(seed, name, parameters, losses, floor, mine, large, language):
+  nll = losses[f"retention/{retention.BUILT_IN}/nll"]
+  wins = evaluation.win_rate(mine.gold, large.gold)
+  by_score = evaluation.win_rate(mine.score, large.score)
+  errors = language.ungrammatical_pairs(mine.rollout.sequences)
+  return Measured(
+    seed=seed,
+    model=name,
+    parameters=parameters,
+    nll=nll,
+    above_floor=nll - floor,
+    gold=float(mine.gold.mean()),
+    errors=float(errors.mean()),
+    kl=float(mine.reverse_exact.mean()),
+    wins=wins["win/rate"],
+    wins_low=wins["win/rate_low"],
+    wins_high=wins["win/rate_high"],
+    wins_by_score=by_score["win/rate"],
+  )
+
+
+def _floor(config: ConfigDict) -> float:
+  """The language's own NLL of the texts that `retention` takes, per token."""
+  language = toy_language.of(config)
+  texts = language.sample_texts(
+    evaluation.HELD_OUT + config.seed,
+    config.evaluate.prompts,
+    config.data.opening,
+  )
+  nats = sum(language.negative_log_likelihood(*text) for text in texts)
+  return nats / sum(len(response) for _, response in texts)
+
+
+def _first_texts(
+  model: pretrained_lib.Pretrained,
+  found: dict[str, evaluate_lib.Evaluation],
+) -> list[tuple[str, str]]:
+  """What each model answers to the first prompt."""
+  decode = lambda ids: tokenizer_lib.decode(model.tokenizer, ids.tolist())
+  texts = []
+  for name, of in found.items():
+    sequences = of.rollout.sequences
+    prompt = sequences.prompt_tokens[0]
+    prompt = prompt[len(prompt) - sequences.prompt_lengths[0] :]
+    response = sequences.response_tokens[0, : sequences.response_lengths[0]]
+    texts.append((name, f"{decode(prompt)} | {decode(response)}"))
+  return texts
+
+
+def _tables(config, measured, judged, samples) -> dict[str, study.Table]:
+  return {
+    "models": study.Table(
+      f"Means over {config.seeds} seeds: held-out loss above the language's"
+      " entropy, nats per token; gold reward; share of"
+      f" {config.prompts} held-out prompts where its gold is above the large"
+      " model's, a tie counting half; the same by the reward model. low, high:"
+      " 95 % intervals over seeds",
+      Judged._fields,
+      [_without_itself(row) for row in judged],
+    ),
+    "samples": study.Table(
+      f"What they write, seed {config.seed}; | ends the prompt",
+      ("model", "text"),
+      samples,
+    ),
+    "seeds": study.Table(
+      "Every seed; the intervals of wins are over its prompts",
+      Measured._fields,
+      measured,
+      shown=False,
+    ),
+  }
+
+
+def _without_itself(row: Judged) -> tuple[study.Cell, ...]:
+  """The large model does not play against itself."""
+  if row.model != LARGE:
+    return row
+  return (*row[: Judged._fields.index("wins")], None, None, None, None)
+
+
+def _paragraph(config, measured, judged) -> str:
+  small, rlhf, large = judged
+  nats = float(np.mean(_column(measured, RLHF, "kl")))
+  lead = intervals.of_difference(
+    _column(measured, SMALL, "nll"), _column(measured, LARGE, "nll")
+  )
+  return (
+    f"The RLHF policy of {rlhf.parameters:,} parameters is preferred to the raw"
+    f" model of {large.parameters:,}"
+    f" ({large.parameters / rlhf.parameters:.1f} times as many) on"
+    f" {rlhf.wins:.1%} of held-out prompts ({rlhf.wins_low:.1%} to"
+    f" {rlhf.wins_high:.1%} over {config.seeds} seeds). Before PPO it was on"
+    f" {small.wins:.1%} ({small.wins_low:.1%} to {small.wins_high:.1%}). Mean"
+    f" gold: {small.gold:.2f} before PPO, {rlhf.gold:.2f} after it at"
+    f" {nats:.1f} nats, {large.gold:.2f} of the large model, which is the"
+    f" better language model by {lead.mean:.3f} nats per token ({lead.low:.3f} to"
+    f" {lead.high:.3f}): {large.above_floor:.3f} above the language's entropy"
+    f" against {small.above_floor:.3f}, and {rlhf.above_floor:.3f} after PPO."
+  )

@@ -1,0 +1,84 @@
+"""Texts of the built-in language by two kinds of writers, mild and harsh.
+
+The language's own writer has no mood: a word says nothing of the next but one,
+and a prefix cannot move a model of it. Here each text is by one of two writers.
+Wherever a class has words of sentiment −2, a harsh writer takes one of these,
+and a mild one never does. All else is the language's, grammar included. So a
+model of these texts is mild to most prompts and harsh after a harsh word: the
+reference has something that a prefix can bring out.
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from rlhf_jax.host import toy_language
+from rlhf_jax.objective import masking
+from rlhf_jax import types
+
+_HARMFUL = -2.0  # The sentiment of harmful words.
+
+
+def harmful_ids(language: toy_language.Language) -> list[int]:
+  """Ids of the words that only a harsh writer uses."""
+  words = language.sentiments.items()
+  harmful = {word for word, level in words if level == _HARMFUL}
+  return [i for i, word in enumerate(language.vocabulary) if word in harmful]
+
+
+def sample(
+  language: toy_language.Language, seed: int, count: int, *, harsh: float
+) -> list[list[int]]:
+  """Whole texts, <start> and <end> included; a share `harsh` is by the harsh.
+
+  Args:
+    language: Whose grammar and lengths they have.
+    seed: Of texts and writers; the same gives the same texts.
+    count: How many.
+    harsh: Share of the writers, in [0, 1].
+  """
+  rng = np.random.default_rng([seed, count])
+  redrawn = _redrawn(language)
+  found = []
+  for prompt, response in language.sample_texts(seed, count):
+    writer = int(rng.random() < harsh)
+    text = [*prompt, *response]
+    for place, word in enumerate(text):
+      if word in redrawn:
+        ids, weights = redrawn[word][writer]
+        text[place] = int(rng.choice(ids, p=weights))
+    found.append(text)
+  return found
+
+
+def write(
+  path: pathlib.Path,
+  language: toy_language.Language,
+  texts: Sequence[Sequence[int]],
+) -> None:
+  """Leaves the texts as SFT reads them, an object a line."""
+  words = lambda text: " ".join(language.vocabulary[i] for i in text[1:-1])
+  lines = [json.dumps({"text": words(text)}) for text in texts]
+  path.write_text("\n".join(lines) + "\n")
+
+
+def _redrawn(language: toy_language.Language):
+  """Word → (ids, weights) for each writer, of classes with harmful words."""
+  harmful = set(harmful_ids(language))
+  ids = {word: i for i, word in enumerate(language.vocabulary)}
+  redrawn = {}
+  for name, words in language.words.items():
+    of = {ids[word]: weight for word, weight in words.items()}
+    if harmful.isdisjoint(of):
+      continue
+    sides = []
+    for wanted in (False, True):
+      side = {i: w for i, w in of.items() if (i in harmful) == wanted}
+      weights = np.array([*side.values()], np.float64)
+      sides.append(([*side], weights / weights.sum()))
+    redrawn |= dict.fromkeys(of, tuple(sides))
+  return redrawn

@@ -1,0 +1,290 @@
+"""The study of β's regimes: its rule on planted gains, and a reduced run.
+
+MUTANTS
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs.studies import beta_regimes as config_file
+from rlhf_jax import errors
+from rlhf_jax.host import ppo_stage
+from rlhf_jax.studies import beta_regimes, held_out, intervals, study, toy_runs
+from rlhf_jax.studies import beta_regimes_rule as rule
+
+BANDS = rule.bands(
+  [
+    (rule.HACKS, (0.0, 0.01)),
+    (rule.STANDARD, (0.02, 0.1)),
+    (rule.CONSERVATIVE, (0.2, 0.5)),
+    (rule.BARELY, (2.0, 5.0)),
+  ]
+)
+# What folklore says, β by β: the proxy falls, gold rises and falls.
+PROXY = [2.0, 1.9, 1.5, 1.4, 0.9, 0.8, 0.2, 0.1]
+GOLD = [-2.0, 0.2, 1.2, 1.1, 0.7, 0.5, 0.2, 0.1]
+AS_SAID = [
+  *(rule.HACKS, rule.HACKS, rule.STANDARD, rule.STANDARD),
+  *(rule.CONSERVATIVE, rule.CONSERVATIVE, rule.BARELY, rule.BARELY),
+]
+
+
+def planted(proxy, gold, noise=0.02, seeds=3):
+  """Gains around these, with as much noise in every run."""
+  rng = np.random.default_rng(0)
+  shape = len(gold), seeds
+  around = lambda means: (
+    np.array(means)[:, None] + noise * rng.normal(size=shape)
+  )
+  return rule.Runs(around(proxy), around(gold), np.ones(shape))
+
+
+def words(runs):
+  return rule.regimes(runs, BANDS, most=0.8, little=0.2)
+
+
+def interval(low, high):
+  return intervals.Interval((low + high) / 2, low, high)
+
+
+# The words.
+
+
+def test_bands_have_names_and_places():
+  names = [band.name for band in BANDS]
+  assert names == ["0 to 0.01", "0.02 to 0.1", "0.2 to 0.5", "2 to 5"]
+  assert [list(band.places) for band in BANDS] == [
+    [0, 1],
+    [2, 3],
+    [4, 5],
+    [6, 7],
+  ]
+  assert rule.bands([("x", (0.3,))])[0].name == "0.3"
+
+
+def test_pooled_intervals_by_hand():
+  found = rule.pooled(np.array([[1.0, 3.0], [5.0, 9.0]]))
+  # Variances 2 and 8, pooled 5; t of two degrees of freedom is 4.302653.
+  half = 4.302653 * (5 / 2) ** 0.5
+  assert found[0] == pytest.approx((2, 2 - half, 2 + half), rel=1e-6)
+  assert found[1] == pytest.approx((7, 7 - half, 7 + half), rel=1e-6)
+
+
+def test_one_row_pools_with_none():
+  values = np.array([[1.0, 2.0, 4.0]])
+  assert rule.pooled(values)[0] == pytest.approx(intervals.of_mean(values[0]))
+
+
+def test_folklore_is_seen_where_it_is_so():
+  assert words(planted(PROXY, GOLD)) == AS_SAID
+
+
+def test_a_planted_reversal():
+  """The same gains, β by β the other way round."""
+  seen = words(planted(PROXY[::-1], GOLD[::-1]))
+  assert seen == AS_SAID[::-1]
+  agreed = rule.agreements([seen, seen], BANDS, interval(-2, -1))
+  assert rule.verdict(agreed) == study.DOES_NOT_HOLD
+
+
+def test_gold_that_follows_the_proxy_is_never_hacked():
+  seen = words(planted(PROXY, PROXY))
+  assert seen[:2] == [rule.STANDARD, rule.STANDARD]
+  assert rule.HACKS not in seen
+
+
+def test_noise_is_unclear():
+  seen = words(planted(PROXY, GOLD, noise=5.0))
+  assert set(seen) == {rule.UNCLEAR}
+
+
+@pytest.mark.parametrize(
+  ("moves", "enough", "above", "word"),
+  [
+    ((-2, -1), (1, 2), (1, 2), rule.BARELY),  # First of all.
+    ((-1, 1), (0, 2), (1, 2), rule.STANDARD),
+    ((-1, 1), (-2, -1), (1, 2), rule.HACKS),
+    ((-1, 1), (-2, -1), (-2, -1), rule.CONSERVATIVE),
+    ((-1, 1), (-2, -1), (-1, 1), rule.UNCLEAR),
+    ((-1, 1), (-1, 1), (1, 2), rule.UNCLEAR),
+    ((np.nan, np.nan), (np.nan, np.nan), (np.nan, np.nan), rule.UNCLEAR),
+  ],
+)
+def test_the_word_of_intervals(moves, enough, above, word):
+  assert rule._word(interval(*moves), interval(*enough), interval(*above)) == (
+    word
+  )
+
+
+def test_more_gold_by_hand():
+  gold = np.array([[0.0, 0.0]] * 2 + [[1.0, 3.0], [2.0, 2.0], [0, 0], [1, 1]])
+  runs = rule.Runs(gold, gold, gold)
+  found = rule.more_gold(runs, BANDS[1], BANDS[2])
+  # Variances 2, 0, 0, 0: a mean of 1 in the first band, over four runs; four
+  # degrees of freedom: t is 2.776445.
+  half = 2.776445 * (1 / 4) ** 0.5
+  assert found == pytest.approx((1.5, 1.5 - half, 1.5 + half), rel=1e-6)
+
+
+# The verdict.
+
+
+def verdict(first, second, useful):
+  return rule.verdict(rule.agreements([first, second], BANDS, useful))
+
+
+def test_all_bands_hold():
+  # Under the weakest reward model the conservative band is useful instead.
+  weakest = AS_SAID[:4] + [rule.STANDARD] * 2 + AS_SAID[6:]
+  assert verdict(weakest, AS_SAID, interval(0.1, 0.3)) == study.HOLDS
+
+
+def test_a_band_must_be_right_under_all_reward_models():
+  other = [rule.STANDARD, *AS_SAID[1:]]
+  for pair in ((other, AS_SAID), (AS_SAID, other)):
+    assert verdict(*pair, interval(0.1, 0.3)) == (
+      "holds when β is 0.02 to 0.1 or 0.2 to 0.5 or 2 to 5"
+    )
+
+
+@pytest.mark.parametrize("useful", [(-0.1, 0.3), (-0.3, -0.1), (np.nan, 1)])
+def test_the_conservative_band_must_be_useful(useful):
+  assert verdict(AS_SAID, AS_SAID, interval(*useful)) == (
+    "holds when β is 0 to 0.01 or 0.02 to 0.1 or 2 to 5"
+  )
+
+
+def test_unclear_is_no_agreement():
+  unclear = [rule.UNCLEAR] * 8
+  found = verdict(unclear, unclear, interval(-1, 1))
+  assert found == study.DOES_NOT_HOLD
+
+
+# What metrics say.
+
+
+def test_gains_by_hand():
+  member = lambda beta, seed, gold: toy_runs.Member(
+    beta,
+    seed,
+    None,
+    [
+      {"reward/gold": g, "reward/score": 2 * g, "kl/reverse_exact": 3 * g}
+      for g in (9.0, gold, gold + 1)
+    ],
+  )
+  start = [
+    held_out.Responses(*(np.array([mean - 1, mean + 1]) for _ in range(5)))
+    for mean in (1.0, 2.0)
+  ]
+  members = [
+    member(beta, seed, 4 * beta + seed) for beta in (0, 1) for seed in (0, 1)
+  ]
+  runs = beta_regimes.runs_of(members, start, window=2)
+  # Means of the last two: 0.5 and 1.5, then 4.5 and 5.5; less 1 and 2.
+  np.testing.assert_allclose(runs.gold, [[-0.5, -0.5], [3.5, 3.5]])
+  np.testing.assert_allclose(runs.proxy, [[0.0, 1.0], [8.0, 9.0]])
+  np.testing.assert_allclose(runs.kl, [[1.5, 4.5], [13.5, 16.5]])
+
+
+# The study.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("beta_regimes") / "run"
+  study.run(config_file.get_config("reduced"), str(path), resume=False)
+  return path
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def test_what_it_leaves_behind(workdir):
+  record = read(workdir / "study.json")
+  assert (workdir / "figure.png").stat().st_size > 10_000
+  tables = record["tables"]
+  assert list(tables) == ["bands", "models", "betas", "runs"]
+  bands = [row[:3] for row in tables["bands"]["rows"]]
+  assert bands == [
+    [name, word, pairs]
+    for name, word in (
+      ("0", "hacks"),
+      ("0.05", "standard"),
+      ("0.3", "conservative"),
+      ("2.5", "barely moves"),
+    )
+    for pairs in (32, 64)
+  ]
+  assert len(tables["betas"]["rows"]) == 8
+  runs = {tuple(row[:3]): row[3:] for row in tables["runs"]["rows"]}
+  assert len(runs) == 16
+  assert runs[32, "0", 0] != runs[64, "0", 0] != runs[64, "0", 1]
+  path = workdir / "sweep-64/beta=0.3,seed=1/metrics.jsonl"
+  lines = path.read_text().splitlines()
+  kls = [json.loads(line)["kl/reverse_exact"] for line in lines]
+  assert runs[64, "0.3", 1][2] == pytest.approx(np.mean(kls[-2:]))
+
+
+def test_reward_models_differ_in_their_pairs_only(workdir):
+  configs = [read(workdir / f"reward_model-{n}/config.json") for n in (32, 64)]
+  fields = [
+    (config["data"].pop("size"), config["train"].pop("steps"))
+    for config in configs
+  ]
+  assert fields == [(32, 2), (64, 4)]
+  assert configs[0] == configs[1]
+  for pairs in (32, 64):
+    sweep = read(workdir / f"sweep-{pairs}/config.json")
+    assert sweep["reward"]["path"] == str(workdir / f"reward_model-{pairs}")
+    assert sweep["policy"]["path"] == str(workdir / "sft")
+
+
+def test_resume_trains_nothing_again(workdir, monkeypatch):
+  monkeypatch.setattr(ppo_stage, "train", None)
+  before = read(workdir / "study.json")
+  (workdir / "study.json").unlink()
+  study.run(config_file.get_config("reduced"), str(workdir), resume=True)
+  assert read(workdir / "study.json")["tables"] == before["tables"]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("hacks=()", "config.hacks: (); wanted rising numbers"),
+    ("hacks=(0.1,0)", "config.hacks: (0.1, 0); wanted rising numbers"),
+    (
+      "standard=(0,)",
+      "config.standard: (0,); wanted rising numbers above the last of"
+      " config.hacks=(0.0,)",
+    ),
+    ("conservative=()", "config.conservative: (); wanted rising numbers above"),
+    ("hacks=(-1,)", "config.training.sweep.betas: (-1, 0.05, 0.3, 2.5); wante"),
+    ("pairs=(64,)", "config.pairs: (64,); wanted 2 or more rising numbers"),
+    ("pairs=(64,32)", "config.pairs: (64, 32); wanted 2 or more rising"),
+    (
+      "reward_steps=(4,)",
+      "config.reward_steps: (4,); wanted as many numbers above 0 as"
+      " config.pairs=(32, 64)",
+    ),
+    ("seeds=1", "config.seeds: 1; wanted 2 to 20"),
+    ("window=9", "config.window: 9; wanted 1 to training.train.steps=4"),
+    ("prompts=2", "config.prompts: 2; wanted at least 3"),
+    ("most=1.0", "config.most: 1.0; wanted in (0, 1)"),
+    ("little=nan", "config.little: nan; wanted in (0, 1)"),
+    (
+      "training.pipeline.reward_model.data.size=7",
+      "config.training.pipeline.reward_model.data.size: 7; wanted",
+    ),
+    ("training.kl.beta=1", "config.training.kl.beta: 1.0; wanted 0.05: the"),
+  ],
+)
+def test_fields_that_make_no_sense(change, message):
+  """Bad inputs 3, 4, 5 and 7."""
+  with pytest.raises(errors.UserError) as caught:
+    beta_regimes.check(config_file.get_config(f"reduced,{change}"))
+  assert str(caught.value).startswith(message)
+  assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,243 @@
+"""The study of schedules: its rule on planted runs, and a reduced run.
+
+Mutants that were tried and fail here: TBD
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from configs.studies import beta_schedule as config_file
+from rlhf_jax import errors
+from rlhf_jax.host import stages
+from rlhf_jax.studies import beta_schedule, study
+
+SEEDS = 4
+KLS = (1.0, 4.0, 9.0, 16.0)
+MOVED = ("linear", "cosine", "ziegler", "dual", "trust")
+
+
+def runs(golds, nats):
+  return beta_schedule.Runs(
+    np.array(golds, float), np.array(nats, float), np.ones((len(golds), 3))
+  )
+
+
+def constants(slope=0.5, noise=0.01):
+  """Gold of slope · √KL, which a straight line in √KL finds again."""
+  rng = np.random.default_rng(0)
+  curves = {}
+  for beta, kl in zip((0.5, 0.2, 0.1, 0.05), KLS):
+    nats = kl * rng.uniform(0.9, 1.1, SEEDS)
+    golds = slope * np.sqrt(nats) + rng.normal(0, noise, SEEDS)
+    curves[f"constant {beta:g}"] = runs(golds, nats)
+  return curves
+
+
+def moved(ahead, kl=6.0, slope=0.5):
+  """Runs that are ahead of the curve."""
+  shifts = np.linspace(-0.02, 0.02, SEEDS)
+  return runs(slope * np.sqrt(kl) + ahead + shifts, [kl] * SEEDS)
+
+
+def judge(ahead):
+  curves = beta_schedule.curves_by_seed(constants())
+  arms = [
+    beta_schedule.of_arm(name, moved(more), curves)
+    for name, more in ahead.items()
+  ]
+  return beta_schedule.verdict(arms)
+
+
+# The figures.
+
+
+def test_a_run_by_hand():
+  rows = [
+    {"reward/gold": float(i), "kl/reverse_exact": 2.0 * i, "kl/beta": 0.1 * i}
+    for i in range(4)
+  ]
+  found = beta_schedule.of_runs([rows, rows[::-1]], last=2)
+  np.testing.assert_allclose(found.gold, [2.5, 0.5])
+  np.testing.assert_allclose(found.kl, [5, 1])
+  np.testing.assert_allclose(found.betas[0], [0, 0.1, 0.2, 0.3])
+
+
+def test_ahead_by_hand():
+  # Of two seeds; constants at 4 and 1 nats, in this order, with 1 and 0 gold,
+  # and with 3 and 2. At 2.25 nats √KL is halfway: 0.5 and 2.5.
+  curves = beta_schedule.curves_by_seed(
+    {"a": runs([1, 3], [4, 4]), "b": runs([0, 2], [1, 1])}
+  )
+  found = beta_schedule.ahead(runs([0.75, 2.0], [2.25, 2.25]), curves)
+  np.testing.assert_allclose(found, [0.25, -0.5])
+  # No curve beyond its ends.
+  found = beta_schedule.ahead(runs([9, 9], [0.9, 4.1]), curves)
+  assert np.isnan(found).all()
+  np.testing.assert_allclose(
+    beta_schedule.ahead(runs([0, 3], [1, 4]), curves), [0, 0]
+  )
+
+
+def test_an_arm_by_hand():
+  curves = [(np.array([0.0, 4.0]), np.array([0.0, 0.0]))] * 2
+  arm = beta_schedule.of_arm("dual", runs([1, 3], [1, 3]), curves)
+  # Two values: sd √2, error 1, and t of one degree of freedom is 12.706.
+  assert arm[:5] == ("dual", 1, 1, 2, 2)
+  assert arm[5:] == pytest.approx((2, 2 - 12.7062, 2 + 12.7062, 2))
+
+
+def test_an_arm_that_one_seed_cannot_compare():
+  curves = [(np.array([0.0, 4.0]), np.array([0.0, 0.0]))] * 2
+  arm = beta_schedule.of_arm("dual", runs([5, 5], [1, 4.5]), curves)
+  assert arm.compared == 1 and math.isnan(arm.ahead)
+  assert beta_schedule.verdict([arm]) == study.DOES_NOT_HOLD
+
+
+def test_a_constant_left_out_lies_on_the_curve():
+  curves = constants()
+  for name in ("constant 0.2", "constant 0.1"):
+    rest = {n: x for n, x in curves.items() if n != name}
+    arm = beta_schedule.of_arm(
+      name, curves[name], beta_schedule.curves_by_seed(rest)
+    )
+    assert abs(arm.ahead) < 0.02 and arm.compared == SEEDS
+
+
+# The verdict.
+
+
+@pytest.mark.parametrize(
+  ("ahead", "verdict"),
+  [
+    ({"linear": 0.2, "dual": 0.1}, "holds"),
+    ({"linear": 0.2, "dual": 0.0}, "holds when β follows linear"),
+    ({"linear": 0.0, "dual": 0.0}, "does not hold here"),
+    # Reversed: constants are ahead.
+    ({"linear": -0.2, "dual": -0.1}, "does not hold here"),
+    ({"linear": math.nan}, "does not hold here"),
+  ],
+)
+def test_the_rule(ahead, verdict):
+  assert judge(ahead) == verdict
+
+
+def test_more_gold_for_more_kl_is_not_ahead():
+  """An arm farther along the constants' own curve."""
+  curves = beta_schedule.curves_by_seed(constants())
+  near = beta_schedule.of_arm("linear", moved(0.0, kl=3.0), curves)
+  far = beta_schedule.of_arm("linear", moved(0.0, kl=12.0), curves)
+  assert far.gold > near.gold + 0.5
+  assert not near.low > 0 and not far.low > 0
+
+
+# The study.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("beta_schedule") / "run"
+  study.run(config_file.get_config("reduced"), str(path), resume=False)
+  return path
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def test_what_it_leaves_behind(workdir):
+  record = read(workdir / "study.json")
+  assert (workdir / "figure.png").stat().st_size > 10_000
+  tables = record["tables"]
+  assert tuple(row[0] for row in tables["arms"]["rows"]) == MOVED
+  names = [f"constant {beta:g}" for beta in (0.02, 0.1, 0.5)]
+  assert [row[0] for row in tables["left_out"]["rows"]] == names
+  assert {row[0] for row in tables["runs"]["rows"]} == {*MOVED, *names}
+  of = {tuple(row[:2]): row[2:] for row in tables["runs"]["rows"]}
+  for (arm, seed), name in (
+    (("constant 0.1", 1), "constant/beta=0.1,seed=1"),
+    (("dual", 0), "dual/beta=0.5,seed=0"),
+  ):
+    text = (workdir / name / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    golds = [row["reward/gold"] for row in rows[-2:]]
+    nats = [row["kl/reverse_exact"] for row in rows[-2:]]
+    assert of[arm, seed] == pytest.approx([np.mean(golds), np.mean(nats)])
+
+
+def test_sweeps_differ_in_how_beta_moves_only(workdir):
+  names = ("constant", *MOVED)
+  configs = {n: read(workdir / n / "config.json") for n in names}
+  told = {
+    name: (
+      config["sweep"].pop("betas"),
+      config["kl"].pop("beta"),
+      config["kl"].pop("controller"),
+      config["kl"].pop("target"),
+      config["kl"]["schedule"].pop("shape"),
+    )
+    for name, config in configs.items()
+  }
+  assert told == {
+    "constant": ([0.02, 0.1, 0.5], 0.05, "fixed", 0.0, "cosine"),
+    "linear": ([], 0.5, "schedule", 0.0, "linear"),
+    "cosine": ([], 0.5, "schedule", 0.0, "cosine"),
+    "ziegler": ([], 0.5, "ziegler", 4.0, "cosine"),
+    "dual": ([], 0.5, "dual", 4.0, "cosine"),
+    "trust": ([], 0.5, "trust", 0.0, "cosine"),
+  }
+  assert all(config == configs["trust"] for config in configs.values())
+  assert configs["trust"]["sweep"]["seeds"] == [0, 1]
+
+
+def test_resume_trains_nothing_again(workdir, monkeypatch):
+  def fail(*_, **__):
+    raise AssertionError("trained again")
+
+  monkeypatch.setattr(stages, "run_stage", fail)
+  before = read(workdir / "study.json")
+  (workdir / "study.json").unlink()
+  study.run(config_file.get_config("reduced"), str(workdir), resume=True)
+  after = read(workdir / "study.json")
+  assert before | {"wall_s": 0} == after | {"wall_s": 0}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("constants=(0.1,0.2)", "config.constants: (0.1, 0.2); wanted three or mo"),
+    ("constants=(0.1,0.1,0.2)", "config.constants: (0.1, 0.1, 0.2); wanted "),
+    ("constants=(0,0.1,0.2)", "config.constants: (0, 0.1, 0.2); wanted three"),
+    (
+      "conservative_beta=0.01",
+      "config.conservative_beta: 0.01; wanted above training.kl.trust.beta_mi",
+    ),
+    ("target=0.0", "config.target: 0.0; wanted finite and above 0"),
+    ("seeds=1", "config.seeds: 1; wanted 2 to 20"),
+    ("last=5", "config.last: 5; wanted 1 to training.train.steps=4"),
+    (
+      "training.kl.schedule.end=1.0",
+      "config.training.kl.schedule.end: 1.0; wanted below 1",
+    ),
+    (
+      "training.kl.controller=dual",
+      "config.training.kl.controller: 'dual'; wanted 'fixed': the study sets",
+    ),
+    (
+      "training.kl.target=2.0",
+      "config.training.kl.target: 2.0; wanted 0.0: the study sets it itself",
+    ),
+    (
+      "training.kl.beta_max=0.2",
+      "config.training.kl.beta: 0.5; wanted every β",
+    ),
+  ],
+)
+def test_fields_that_make_no_sense(change, message):
+  """Bad inputs 4, 5 and 7."""
+  with pytest.raises(errors.UserError) as caught:
+    beta_schedule.check(config_file.get_config(f"reduced,{change}"))
+  assert str(caught.value).startswith(message)
+  assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,303 @@
+"""The study of noise over length: its language, figures, rule, a reduced run.
+
+Mutants that were tried and fail here: PLACEHOLDER.
+"""
+
+import itertools
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.studies import kl_noise as config_file
+from rlhf_jax import errors
+from rlhf_jax.host import toy_language
+from rlhf_jax.studies import (
+  intervals,
+  kl_noise,
+  kl_noise_arms,
+  kl_noise_task,
+  rao_blackwell,
+  study,
+)
+
+LENGTHS = (16, 64, 256)
+
+
+# The task.
+
+
+def test_the_reward_by_hand():
+  words = toy_language.VOCABULARY.index
+  tokens = jnp.array([[words("hated"), words("lovely"), words("dull")] * 2])
+  mask = jnp.array([[False, True, True, True, True, False]])
+  # lovely, dull, hated, lovely: 2 − 1 − 2 + 2, over √4.
+  assert float(kl_noise_task.sentiment(tokens, mask)[0]) == pytest.approx(0.5)
+
+
+def test_scores_have_one_deviation_at_every_length():
+  """What makes β = tilt / √R ask the same of all of them."""
+  words = toy_language.VOCABULARY.index
+  texts = kl_noise_task.endless_texts(3, 400, 300)
+  ids = jnp.array([[words(w) for w in [*p, *r]] for p, r in texts])
+  deviations = [
+    float(kl_noise_task.sentiment(ids[:, :n], jnp.ones((400, n), bool)).std())
+    for n in (50, 300)
+  ]
+  assert deviations[1] == pytest.approx(deviations[0], rel=0.12)
+
+
+def test_texts_are_grammatical_and_do_not_end():
+  grammar = toy_language.LANGUAGES["reviews"]
+  words = grammar.vocabulary.index
+  texts = kl_noise_task.endless_texts(0, 50, 40)
+  assert texts == kl_noise_task.endless_texts(0, 50, 40)
+  assert texts != kl_noise_task.endless_texts(1, 50, 40)
+  assert {len(prompt) for prompt, _ in texts} == {1, 2, 3, 4, 5}
+  for prompt, response in texts:
+    ids = [toy_language.START_ID, *map(words, prompt + response)]
+    assert len(ids) == 41 and toy_language.STOP_ID not in ids
+    assert all(grammar.chain[a, b] > 0 for a, b in itertools.pairwise(ids))
+
+
+# The estimates.
+
+
+def planted_estimates(rng, *, power=0.5, left=0.3, count=1000):
+  """k1's deviation is length^power; the exact one's is `left` of it."""
+  normal = lambda: rng.normal(size=(count, len(LENGTHS)))
+  sd = np.array(LENGTHS) ** power
+  kl = 0.05 * np.array(LENGTHS)
+  return {
+    "k1": kl + sd * normal(),
+    "k3": kl + 2 * sd * normal(),
+    "exact": kl + left * sd * normal(),
+  }
+
+
+def noise_of(estimates):
+  rng = np.random.default_rng(1)
+  return kl_noise_arms.noise_of(LENGTHS, estimates, rng, resamples=400)
+
+
+def test_deviations_by_hand():
+  nats = np.array([[1.0, 2.0, 4.0], [5.0, 10.0, 20.0]] * 10)
+  noise = noise_of({"k1": nats, "k3": 3 * nats, "exact": nats / 4})
+  # 3 ± 2, 20 of them; it doubles where the length is four times as long.
+  sd = 2 * (20 / 19) ** 0.5
+  means = [interval.mean for interval in noise.deviations["k1"]]
+  assert means == pytest.approx([sd, 2 * sd, 4 * sd])
+  assert noise.exponents["k3"].mean == pytest.approx(0.5)
+  assert noise.kl == pytest.approx([0.75, 1.5, 3.0])
+  assert noise.left.mean == pytest.approx(0.25)
+
+
+def test_intervals_hold_what_was_planted():
+  """In most of many draws: 95 % of them, were the bootstrap perfect."""
+  seen = []
+  for seed in range(40):
+    noise = noise_of(planted_estimates(np.random.default_rng(seed), count=300))
+    sd = noise.deviations["k1"][1]
+    seen.append(
+      [
+        sd.low <= 8 <= sd.high,
+        noise.exponents["k1"].low <= 0.5 <= noise.exponents["k1"].high,
+        noise.left.low <= 0.3 <= noise.left.high,
+      ]
+    )
+  assert (np.mean(seen, axis=0) >= 0.85).all()
+
+
+# Learning, and the verdict.
+
+
+def config_of(steps=40):
+  config = config_file.get_config()
+  config.training.train.steps = steps
+  config.window, config.last = 2, 4
+  return config
+
+
+def curves(rng, late):
+  """Runs that learn from 0 to 1, `late` steps later than they might."""
+  steps = np.arange(40)
+  for _ in range(4):
+    curve = 1 - np.exp(-np.maximum(steps - late, 0) / 6)
+    golds = curve + rng.normal(0, 0.01, 40)
+    yield rao_blackwell.Run(golds, float(golds[-4:].mean()), 1.0, 0.1)
+
+
+def pace(late_sampled, late_rao_bl, *, length=256):
+  rng = np.random.default_rng(2)
+  runs = [list(curves(rng, late)) for late in (late_sampled, late_rao_bl)]
+  return kl_noise_arms.pace_of(config_of(), length, *runs)
+
+
+def test_a_pace_by_hand():
+  found = pace(0, 10)
+  assert found.beta == pytest.approx(2 / 16)
+  assert found.start == pytest.approx(0, abs=0.02)
+  # 75 % of 1 is reached where exp(−t/6) = 1/4: t = 8.3; means lag by half one.
+  assert found.iterations.sampled == pytest.approx(10.3, abs=1)
+  low, high = found.iterations.low, found.iterations.high
+  assert low <= 10 <= high and high - low < 4
+  assert found.iterations.difference == pytest.approx(10, abs=1)
+
+
+def test_the_objective_stands_for_gold():
+  rows = [
+    {
+      "reward/total": float(i),
+      "reward/score": 9.0,
+      "kl/reverse_exact": 2.0,
+      "time/step_s": 1.0,
+    }
+    for i in range(5)
+  ]
+  run = kl_noise_arms.of_run(rows, last=2)
+  np.testing.assert_array_equal(run.golds, [0, 1, 2, 3, 4])
+  assert (run.gold, run.kl) == (3.5, 2.0)
+
+
+@pytest.mark.parametrize(
+  ("estimates", "late", "verdict"),
+  [
+    ({}, (12, 0), "holds"),
+    ({}, (0, 0), "holds when it is about the estimates"),
+    ({}, (0, 12), "holds when it is about the estimates"),
+    ({"left": 0.8}, (12, 0), "holds when it is about learning"),
+    ({"power": -0.5}, (12, 0), "holds when it is about learning"),
+    # All reversed: noise falls with length, Rao-Blackwellising adds to it and
+    # learns later.
+    ({"power": -0.5, "left": 3.0}, (0, 12), "does not hold here"),
+  ],
+)
+def test_the_rule_on_planted_effects(estimates, late, verdict):
+  noise = noise_of(planted_estimates(np.random.default_rng(0), **estimates))
+  paces = [pace(12, 0, length=16), pace(*late)]
+  assert kl_noise_arms.verdict(noise, paces, left=0.5) == verdict
+
+
+def test_runs_that_never_get_there_count_against_the_claim():
+  noise = noise_of(planted_estimates(np.random.default_rng(0)))
+  found = pace(12, 60)
+  assert found.iterations.high == math.inf
+  assert kl_noise_arms.verdict(noise, [found, found], left=0.5) == (
+    study.holds_when("it is about the estimates")
+  )
+
+
+def test_an_interval_that_touches_is_not_enough():
+  noise = noise_of(planted_estimates(np.random.default_rng(0)))
+  growth = {"k1": intervals.Interval(0.5, -0.01, 1.0)}
+  left = intervals.Interval(0.3, 0.1, 0.51)
+  for other in (noise._replace(exponents=growth), noise._replace(left=left)):
+    assert kl_noise_arms.verdict(other, [pace(0, 0)], left=0.5) == (
+      study.DOES_NOT_HOLD
+    )
+
+
+# The study.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("kl_noise") / "run"
+  study.run(config_file.get_config("reduced"), str(path), resume=False)
+  return path
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def test_what_it_leaves_behind(workdir):
+  record = read(workdir / "study.json")
+  assert (workdir / "figure.png").stat().st_size > 10_000
+  tables = record["tables"]
+  assert [row[0] for row in tables["deviations"]["rows"]] == [4, 8, 16]
+  assert [row[0] for row in tables["exponents"]["rows"]] == [
+    "k1",
+    "k3",
+    "exact",
+  ]
+  assert [row[:2] for row in tables["learning"]["rows"]] == [
+    [length, figure]
+    for length in (4, 8)
+    for figure in (
+      "iterations to 75% of the gain",
+      "score − β · KL at the end",
+      "KL at the end, nats per response",
+    )
+  ]
+  for length, estimator, seed, objective, _ in tables["runs"]["rows"]:
+    (path,) = workdir.glob(f"{estimator}-{length}/*seed={seed}/metrics.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    totals = [row["reward/total"] for row in rows]
+    assert objective == pytest.approx(np.mean(totals[-2:]))
+    # Nothing stops: every response is as long as it may be.
+    assert {row["rollout/response_tokens"] for row in rows} == {length}
+    # Step 0 is the SFT policy's; both estimators see the same.
+    assert rows[0]["reward/total"] == pytest.approx(rows[0]["reward/score"])
+
+
+def test_arms_are_alike_but_for_estimator_length_and_beta(workdir):
+  names = "sampled-8", "rao_blackwellised-8", "sampled-4"
+  configs = [read(workdir / name / "config.json") for name in names]
+  seen = []
+  for config in configs:
+    kl, rollout = config["kl"], config["rollout"]
+    length = rollout.pop("response_length")
+    seen.append((kl.pop("estimator"), length, kl.pop("beta")))
+  assert configs[0] == configs[1] == configs[2]
+  assert seen == [
+    ("sampled", 8, pytest.approx(2 / 8**0.5)),
+    ("rao_blackwellised", 8, pytest.approx(2 / 8**0.5)),
+    ("sampled", 4, pytest.approx(1.0)),
+  ]
+
+
+def test_a_study_that_has_ended_is_not_done_again(workdir):
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.jsonl")}
+  (workdir / "study.json").rename(workdir / "first.json")
+  study.run(config_file.get_config("reduced"), str(workdir), resume=True)
+  first, again = read(workdir / "first.json"), read(workdir / "study.json")
+  assert first.pop("wall_s") != again.pop("wall_s")
+  assert first == again
+  assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("lengths=(8,4)", "config.lengths: (8, 4); wanted at least two rising"),
+    ("lengths=(8,)", "config.lengths: (8,); wanted at least two rising"),
+    ("trained=(0,4)", "config.trained: (0, 4); wanted at least two rising"),
+    (
+      "trained=(4,32)",
+      "config.trained: (4, 32); wanted none above the longest",
+    ),
+    ("responses=7", "config.responses: 7; wanted at least 8"),
+    ("left=1.0", "config.left: 1.0; wanted in (0, 1)"),
+    ("gain=nan", "config.gain: nan; wanted in (0, 1)"),
+    ("tilt=0.0", "config.tilt: 0.0; wanted above 0"),
+    ("seeds=1", "config.seeds: 1; wanted 2 to 20"),
+    ("window=5", "config.window: 5; wanted 1 to training.train.steps=4"),
+    (
+      "training.kl.beta=0.1",
+      "config.training.kl.beta: 0.1; wanted 0.05: the study sets it itself",
+    ),
+    (
+      "lengths=(4,8,513)",
+      "config.training.rollout.response_length: 513; wanted at most the model's",
+    ),
+  ],
+)
+def test_fields_that_make_no_sense(change, message):
+  """Bad inputs 4, 5, 7 and 9."""
+  with pytest.raises(errors.UserError) as caught:
+    kl_noise.check(config_file.get_config(f"reduced,{change}"))
+  assert str(caught.value).startswith(message)
+  assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,229 @@
+"""The study of references: its rule on planted runs, and a reduced run.
+
+Mutants that were tried and fail here: see the end of each test's name.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from configs.studies import reference_ceiling as config_file
+from rlhf_jax import errors
+from rlhf_jax.host import stages
+from rlhf_jax.studies import intervals, reference_ceiling, study, toy_runs
+from rlhf_jax.studies import reference_ceiling_arms as arms_lib
+
+GOLDS = (-10.0, -6.0, -3.0, -1.0, 0.0)
+REFERENCES = [
+  arms_lib.Reference(steps, 4.0 - i / 2, gold)
+  for i, (steps, gold) in enumerate(zip((10, 16, 25, 40, 300), GOLDS))
+]
+LAST = 5
+
+
+def planted(shares, *, before=None, seeds=3, noise=0.02):
+  """Runs that end, under each β, with a share of the references' differences.
+
+  Ten steps end and ten before have another share, where it is given.
+  """
+  rng = np.random.default_rng(0)
+  curves = {}
+  for beta, share in shares.items():
+    first = share if before is None else before[beta]
+    line = np.repeat([first, share], LAST)
+    for reference in REFERENCES:
+      gold = 1.0 + line * reference.gold
+      gold = gold + rng.normal(0, noise, (seeds, 2 * LAST))
+      curves[reference.sft_steps, beta] = arms_lib.Curves(gold, 0 * gold, gold)
+  return curves
+
+
+def judge(curves):
+  """The slopes, the loosening, the verdict."""
+  betas = sorted({beta for _, beta in curves})
+  slopes = [
+    arms_lib.of_beta(beta, REFERENCES, curves, last=LAST) for beta in betas
+  ]
+  loosening = arms_lib.of_loosening(
+    REFERENCES, curves, betas[-1], betas[0], last=LAST
+  )
+  return slopes, loosening, reference_ceiling.verdict(slopes, loosening)
+
+
+# The figures.
+
+
+def test_an_arm_by_hand():
+  # Ends of 2 steps: 3 and 5; before: 1 and 1. Differences 2 and 4.
+  gold = np.array([[9.0, 1, 1, 2, 4], [9.0, 0, 2, 5, 5]])
+  arm = arms_lib.of_arm(
+    REFERENCES[1], 0.2, arms_lib.Curves(gold, 2 * gold, -gold), last=2
+  )
+  assert arm[:3] == (16, 0.2, 4.0)
+  # Two values: sd √2, error 1, and t of one degree of freedom is 12.706.
+  assert (arm.low, arm.high) == pytest.approx((4 - 12.7062, 4 + 12.7062))
+  assert arm.gain == 10.0  # From −6.
+  assert (arm.late, arm.late_high) == pytest.approx((3, 3 + 12.7062))
+  assert arm.kl == 8.0 and arm.score == -4.0
+
+
+def test_slopes_by_hand():
+  # Golds −1, 0, 4 less their mean 1: −2, −1, 3; squares 14.
+  references = [arms_lib.Reference(i, 1.0, g) for i, g in enumerate((-1, 0, 4))]
+  ends = np.array([[0.0, 1.0, 5.0], [7.0, 7.0, 7.0]])
+  np.testing.assert_allclose(
+    arms_lib.slopes_by_seed(references, ends), [(-1 + 15) / 14, 0]
+  )
+
+
+def test_a_slope_and_where_it_leads():
+  curves = planted({0.2: 0.3}, before={0.2: 0.4}, noise=0.0)
+  slope = arms_lib.of_beta(0.2, REFERENCES, curves, last=LAST)
+  assert slope.spearman == pytest.approx(1)
+  assert (slope.slope, slope.late) == pytest.approx((0.3, -0.1))
+  # Ten steps more are twice the last five.
+  assert slope.projected == pytest.approx(0.3 - 2 * 0.1)
+
+
+def test_members_go_to_their_beta_and_seed():
+  names = ("reward/gold", "kl/reverse_exact", "reward/score")
+  rows = lambda gold: [dict(zip(names, (gold, 2 * gold, -gold)))] * 2
+  members = [
+    toy_runs.Member(beta, seed, None, rows(10 * beta + seed))
+    for beta in (0.1, 1.0)
+    for seed in (0, 1)
+  ]
+  curves = arms_lib.of_members(16, members)
+  assert list(curves) == [(16, 0.1), (16, 1.0)]
+  np.testing.assert_allclose(curves[16, 0.1].gold, [[1, 1], [2, 2]])
+  np.testing.assert_allclose(curves[16, 1.0].kl, [[20, 20], [22, 22]])
+  np.testing.assert_allclose(curves[16, 1.0].score, [[-10] * 2, [-11] * 2])
+
+
+# The verdict.
+
+
+@pytest.mark.parametrize(
+  ("shares", "before", "verdict"),
+  [
+    ({0.05: 0.2, 0.2: 0.5, 1.0: 0.9}, None, "holds"),
+    # All arrive at the same under the smallest.
+    ({0.05: 0.0, 0.2: 0.5, 1.0: 0.9}, None, "holds when β is 0.2 or 1"),
+    # Reversed: the better the reference, the less gold at the end.
+    ({0.05: -0.2, 0.2: -0.5, 1.0: -0.9}, None, "does not hold here"),
+    # A gap that the penalty has no part in.
+    ({0.05: 0.5, 0.2: 0.5, 1.0: 0.5}, None, "does not hold here"),
+    ({0.05: 0.9, 0.2: 0.5, 1.0: 0.2}, None, "does not hold here"),
+    # Closing so fast that it is a matter of steps.
+    (
+      {0.05: 0.2, 0.2: 0.5, 1.0: 0.9},
+      {0.05: 0.4, 0.2: 0.5, 1.0: 0.9},
+      "holds when β is 0.2 or 1",
+    ),
+  ],
+)
+def test_the_rule(shares, before, verdict):
+  assert judge(planted(shares, before=before))[2] == verdict
+
+
+def test_ranks_count_too():
+  """One bad reference makes a slope; the others must be in order as well."""
+  curves = planted({0.05: 0.2, 1.0: 0.9})
+  for i, reference in enumerate(REFERENCES[1:]):
+    curves[reference.sft_steps, 1.0].gold[:] = -0.1 * i
+  slopes, loosening, verdict = judge(curves)
+  assert slopes[1].low > 0 and loosening.low > 0
+  assert verdict == "holds when β is 0.05"
+
+
+def test_nan_is_no_evidence():
+  slopes, loosening, _ = judge(planted({0.05: 0.2, 1.0: 0.9}))
+  bad = intervals.Interval(math.nan, math.nan, math.nan)
+  assert reference_ceiling.verdict(slopes, bad) == study.DOES_NOT_HOLD
+  nans = [s._replace(low=math.nan) for s in slopes]
+  assert reference_ceiling.verdict(nans, loosening) == study.DOES_NOT_HOLD
+
+
+# The study.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("reference_ceiling") / "run"
+  study.run(config_file.get_config("reduced"), str(path), resume=False)
+  return path
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def test_what_it_leaves_behind(workdir):
+  record = read(workdir / "study.json")
+  assert (workdir / "figure.png").stat().st_size > 10_000
+  tables = record["tables"]
+  assert [row[0] for row in tables["references"]["rows"]] == [1, 4]
+  for row in tables["references"]["rows"]:
+    name = "sft" if row[0] == 4 else "sft-1"
+    metrics = read(workdir / name / "summary.json")["metrics"]
+    assert row[1:] == [metrics["sft/heldout_loss"], metrics["reward/gold"]]
+  arms = {(row[0], row[1]): row for row in tables["arms"]["rows"]}
+  assert set(arms) == {(1, 0.05), (4, 0.05), (1, 1.0), (4, 1.0)}
+  ends = []
+  for seed in (0, 1):
+    path = workdir / f"from-1/beta=0.05,seed={seed}/metrics.jsonl"
+    golds = [json.loads(line) for line in path.read_text().splitlines()]
+    ends.append(np.mean([row["reward/gold"] for row in golds[-2:]]))
+  assert arms[1, 0.05][2] == pytest.approx(np.mean(ends))
+  assert [row[0] for row in tables["slopes"]["rows"]] == [0.05, 1.0]
+
+
+def test_each_sweep_has_its_reference_and_one_reward_model(workdir):
+  configs = {n: read(workdir / f"from-{n}/config.json") for n in (1, 4)}
+  paths = {n: config["policy"].pop("path") for n, config in configs.items()}
+  assert paths == {1: str(workdir / "sft-1"), 4: str(workdir / "sft")}
+  assert configs[1] == configs[4]
+  assert configs[1]["reward"]["path"] == str(workdir / "reward_model")
+  reward = read(workdir / "reward_model/config.json")
+  assert reward["policy"]["path"] == str(workdir / "sft")
+  assert read(workdir / "sft-1/config.json")["train"]["steps"] == 1
+
+
+def test_resume_trains_nothing_again(workdir, monkeypatch):
+  def fail(*_, **__):
+    raise AssertionError("trained again")
+
+  monkeypatch.setattr(stages, "run_stage", fail)
+  before = read(workdir / "study.json")
+  (workdir / "study.json").unlink()
+  study.run(config_file.get_config("reduced"), str(workdir), resume=True)
+  after = read(workdir / "study.json")
+  assert before | {"wall_s": 0} == after | {"wall_s": 0}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("shorter_sft=()", "config.shorter_sft: (); wanted rising numbers of"),
+    ("shorter_sft=(0,1)", "config.shorter_sft: (0, 1); wanted rising numb"),
+    ("shorter_sft=(1,4)", "config.shorter_sft: (1, 4); wanted rising numb"),
+    ("shorter_sft=(2,1)", "config.shorter_sft: (2, 1); wanted rising numb"),
+    ("betas=(0.1,)", "config.betas: (0.1,); wanted two or more rising numb"),
+    ("betas=(0.0,0.1)", "config.betas: (0.0, 0.1); wanted two or more risi"),
+    ("seeds=1", "config.seeds: 1; wanted 2 to 20"),
+    ("last=3", "config.last: 3; wanted 1 to half of training.train.steps, 2"),
+    ("training.reward.path=x", "config.training.reward.path: 'x'; wanted ''"),
+    (
+      "training.kl.controller=trust",
+      "config.training.kl.controller: 'trust'; wanted 'fixed': the study sets",
+    ),
+  ],
+)
+def test_fields_that_make_no_sense(change, message):
+  """Bad inputs 4, 5 and 7."""
+  with pytest.raises(errors.UserError) as caught:
+    reference_ceiling.check(config_file.get_config(f"reduced,{change}"))
+  assert str(caught.value).startswith(message)
+  assert len(str(caught.value).splitlines()) == 1
