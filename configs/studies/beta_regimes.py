@@ -56,6 +56,9 @@ def reduced() -> ConfigDict:
   config.window = 2
   config.prompts = 16
   studies.shrink(config.training)
+  reward_model = ppo.toy().pipeline.reward_model  # `pairs` and steps are ours
+  config.training.pipeline.reward_model.data.size = reward_model.data.size
+  config.training.pipeline.reward_model.train.steps = reward_model.train.steps
   return config
 
 

@@ -22,10 +22,10 @@ def full() -> ConfigDict:
   # Tokens of responses, rising: the estimates are read off the first so many
   # tokens of responses of the longest.
   config.lengths = (16, 32, 64, 128, 256, 512)
-  config.responses = 1024  # that the estimates are made from
+  config.responses = 512  # that the estimates are made from
   config.resamples = 2000  # of the responses, for intervals
   config.left = 0.5  # of the noise, at most, where Rao-Blackwellising cures it
-  config.trained = (16, 256)  # lengths that PPO learns with, rising
+  config.trained = (16, 128)  # lengths that PPO learns with, rising
   config.tilt = 2.0  # β is tilt / √length
   config.seeds = 4  # from config.seed on, of each PPO
   config.gain = 0.75  # share of the sampled runs' gain that is to be reached
@@ -36,8 +36,9 @@ def full() -> ConfigDict:
   config.training.seed = config.get_ref("seed").identity()
   config.training.model.max_length = 520
   config.training.ppo.gae_lambda = 1.0  # The score comes at a long one's end.
-  config.training.train.steps = 50
-  config.training.train.batch_size = 32
+  config.training.train.steps = 60
+  config.training.optimizer.learning_rate = 3e-4
+  config.training.train.batch_size = 16
   config.training.pipeline.sft.train.steps = 150
   config.training.pipeline.sft.train.batch_size = 8
   config.training.checkpoint.every = 1000

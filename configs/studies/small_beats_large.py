@@ -22,7 +22,7 @@ def full() -> ConfigDict:
     source="Ouyang et al. 2022, arXiv:2203.02155, section 4.1 (1.3B and 175B)",
   )
   config.times = 100  # how much larger the large model is, at least
-  config.seeds = 4  # from config.seed on; each makes all models anew
+  config.seeds = 5  # from config.seed on; each is a run of PPO
   config.prompts = 512  # held out, a seed; each model answers once
   config.training = ppo.toy()
   config.training.seed = config.get_ref("seed").identity()

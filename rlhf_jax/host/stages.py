@@ -161,10 +161,10 @@ def _next_commands(config, workdir) -> list[str]:
     source = " --config.data.path=FILE.jsonl"
   elif config.data.language != "reviews":
     source = f" --config.data.language={config.data.language}"
-  export = "python -m launch.export --output=DIR --workdir"
+  report = f"python -m launch.report --workdir={workdir}"
   if config.stage == "pipeline":
     return [
-      f"open {workdir}/ppo/frontier.png",
+      report,
       f"{train}/ppo.py --config.policy.path={workdir}/sft "
       f"--config.reward.path={workdir}/reward_model --config.kl.beta=0.01 "
       f"--workdir={workdir}-beta0.01{source}",
@@ -183,9 +183,10 @@ def _next_commands(config, workdir) -> list[str]:
     ]
   if config.stage == "evaluate":
     return []
-  if config.sweep.betas:
-    return [
-      f"open {workdir}/frontier.png",
-      f"{export}={workdir}/beta={config.sweep.betas[-1]:g}",
-    ]
-  return [f"{export}={workdir}"]
+  if rules.is_sweep(config):
+    return [report]
+  return [
+    f"python -m launch.evaluate --config=configs/evaluate.py "
+    f"--config.policy.path={workdir} --workdir={workdir}-evaluate{source}",
+    f"python -m launch.export --output=DIR --workdir={workdir}",
+  ]

@@ -30,6 +30,8 @@ HARMLESS = (
   "checkpoint.every",
   "checkpoint.keep",
   "mesh.*",
+  "sweep.frontier",
+  "sweep.best_of",
 )
 # `hf_token` is a secret; `tokenizer` and `response_tokens` are not.
 _SECRET = re.compile(

@@ -333,7 +333,7 @@ def _paragraph(
   return (
     f"{right} of {len(bands)} bands of β are what the claim says, under all"
     f" reward models, after {config.training.train.steps} steps. How many β are"
-    f" seen to do what: {'. '.join(said)}. The best β is {', '.join(bests)}. The"
-    f" conservative band has {', '.join(gains)} more gold than the standard"
+    f" seen to do what: {'. '.join(said)}. The best β is {', '.join(bests)}."
+    f" The conservative band has {', '.join(gains)} more gold than the standard"
     " one."
   )

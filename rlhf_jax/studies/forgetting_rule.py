@@ -79,7 +79,9 @@ def column(runs: Sequence[Figures], name: str) -> np.ndarray:
 
 def best_beta(penalised: Mapping[float, Sequence[Figures]]) -> float:
   """The β of the highest mean gold on-task."""
-  return max(penalised, key=lambda b: float(column(penalised[b], "gold").mean()))
+  return max(
+    penalised, key=lambda b: float(column(penalised[b], "gold").mean())
+  )
 
 
 def finding(

@@ -45,9 +45,11 @@ def draw(
   ):
     axis.axhline(first.mean(), color="0.6", linewidth=0.8, linestyle="--")
     for beta, members, colour in zip(config.betas, by_beta, colours):
-      _curves(axis, members, name, config.window, colour, f"β = {beta:g}")
+      _curves(
+        axis, members, name, first, config.window, colour, f"β = {beta:g}"
+      )
     axis.set_title(title, fontsize=11)
-    axis.set_xlabel("√KL(π‖π_ref), nats per response")
+    axis.set_xlabel("√KL(π‖π_ref), √nats of a response")
     axis.set_ylabel("reward units")
   axes[0].plot([], [], "--", color="0.6", linewidth=0.8, label="SFT policy")
   axes[0].legend(frameon=False, fontsize=9, loc="lower right")
@@ -62,18 +64,21 @@ def _curves(
   axis: matplotlib_axes.Axes,
   members: Sequence[toy_runs.Member],
   name: str,
+  start: np.ndarray,
   window: int,
   colour: str,
   label: str,
 ) -> None:
   """A thin line a seed; a thick one of their means, with its end."""
-  smooth = lambda rows, name: toy_runs.trailing_mean(
-    toy_runs.column(rows, name), window
-  )
-  roots = np.array(
-    [np.sqrt(smooth(m.rows, "kl/reverse_exact")) for m in members]
-  )
-  values = np.array([smooth(m.rows, name) for m in members])
+  smooth = lambda name: np.array(
+    [
+      toy_runs.trailing_mean(toy_runs.column(m.rows, name), window)
+      for m in members
+    ]
+  )[:, window - 1 :]
+  roots = np.sqrt(smooth("kl/reverse_exact"))
+  roots = np.column_stack([np.zeros(len(members)), roots])
+  values = np.column_stack([start, smooth(name)])
   for x, y in zip(roots, values):
     axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.4)
   x, y = roots.mean(axis=0), values.mean(axis=0)

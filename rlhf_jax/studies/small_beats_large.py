@@ -1,11 +1,13 @@
 """Is a small RLHF policy preferred to a raw model 100 times its size?
 
-Each seed makes all models anew: a small language model, a reward model of the
-same size on top of it, the PPO policy of both, and a large language model. The
-two language models are trained alike, by next-token prediction on the texts of
-the built-in language, for as many steps; only PPO has seen preferences. The
-judge is the gold reward, on responses to held-out prompts. A seed is one
-observation, and intervals are over seeds.
+A small language model, a reward model of the same size on top of it, PPO from
+both with several seeds, and a large language model. The two language models
+are trained alike, by next-token prediction on the texts of the built-in
+language, for as many steps; only PPO has seen preferences. The judge is the
+gold reward, on responses to held-out prompts. A seed draws PPO's samples, and
+the prompts, responses and texts of a comparison; it is one observation, and
+intervals are over seeds. The models that PPO begins with, and the large one,
+are the same throughout.
 
 That the large model is large is not enough: it must be the better language
 model as well, by its loss on texts that neither was trained on.
@@ -101,8 +103,7 @@ def check(config: ConfigDict) -> None:
     ("at least 2", lambda x: x >= 2, "prompts"),
   ):
     study.require(config, wanted, holds, fields)
-  first = _of_seed(config, config.seed)
-  toy_runs.check(config, {"ppo": first}, {"sweep.seeds": ()})
+  toy_runs.check(config, {"sweep": _sweep(config)}, {"sweep.seeds": ()})
   study.require(
     config,
     "'sft' and '': it is only pretrained, from a random start",
@@ -125,20 +126,14 @@ def run(
   workdir: workdir_lib.Workdir,
   console: rich_console.Console,
 ) -> study.Outcome:
-  """Makes the models of each seed, in its sub-workdir, and compares them."""
+  """Makes the models, in sub-workdirs, and compares them."""
+  begun = toy_runs.start(config.training, workdir, console)
+  large = toy_runs.made("large", config.large, workdir, console)
+  sweep = toy_runs.from_start(_sweep(config), begun)
+  models = _Models(config, begun, large)
   measured, samples = [], []
-  for seed in range(config.seed, config.seed + config.seeds):
-    training = _of_seed(config, seed)
-    name = f"seed-{seed}"
-    with workdir.sub(name, training.to_dict(), resume=True) as opened:
-      begun = toy_runs.start(training, opened, console)
-      policy = toy_runs.made(
-        "ppo", toy_runs.from_start(training, begun), opened, console
-      )
-      raw = toy_runs.varied(config.large, {"seed": seed})
-      large = toy_runs.made("large", raw, opened, console)
-    paths = {SMALL: begun.policy, RLHF: policy, LARGE: large}
-    rows, texts = _measure(config, training, begun, paths, seed, console)
+  for member in toy_runs.members(toy_runs.made("ppo", sweep, workdir, console)):
+    rows, texts = models.compare(member, console)
     measured += rows
     samples = samples or texts
   judged = [judge(measured, model) for model in (SMALL, RLHF, LARGE)]
@@ -181,12 +176,9 @@ def _column(measured: list[Measured], model: str, field: str) -> list[float]:
   return [row._asdict()[field] for row in measured if row.model == model]
 
 
-def _of_seed(config: ConfigDict, seed: int) -> ConfigDict:
-  """The small policy's config: everything before PPO has its seed, too."""
-  stages = [f"pipeline.{name}." for name in config.training.pipeline]
-  return toy_runs.varied(
-    config.training, {f"{stage}seed": seed for stage in ("", *stages)}
-  )
+def _sweep(config: ConfigDict) -> ConfigDict:
+  seeds = tuple(range(config.seed, config.seed + config.seeds))
+  return toy_runs.varied(config.training, {"sweep.seeds": seeds})
 
 
 def _parameters(config: ConfigDict) -> int:
@@ -202,44 +194,54 @@ def _count(params) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def _measure(config, training, begun, paths, seed, console):
-  """A row a model, and what they write to the first prompt."""
-  training = toy_runs.varied(
-    toy_runs.from_start(training, begun), {"evaluate.prompts": config.prompts}
-  )
-  models = {
-    name: pretrained_lib.load(str(path), training)
-    for name, path in paths.items()
-  }
-  reward = roles.reward(training, models[SMALL])
-  prompts = evaluation.heldout_prompts(training, models[SMALL], console)
-  found = {
-    # Streams of their own: responses of two models are independent.
-    name: evaluation.evaluate(
-      training,
-      model,
-      models[LARGE if name == LARGE else SMALL],
-      reward,
-      prompts,
-      seed=evaluation.seed_of(seed, stream),
+class _Models:
+  """The models that all seeds share; each seed's policy is compared to them."""
+
+  def __init__(self, config, begun, large):
+    fields = {"evaluate.prompts": config.prompts}
+    self._config = toy_runs.varied(
+      toy_runs.from_start(config.training, begun), fields
     )
-    for stream, (name, model) in enumerate(models.items())
-  }
-  floor = _floor(training)
-  rows = [
-    _row(
-      seed,
-      name,
-      _count(models[name].params),
-      retention.losses(training, models[name], models[name], console),
-      floor,
-      found[name],
-      found[LARGE],
-      toy_language.of(training),
-    )
-    for name in paths
-  ]
-  return rows, _first_texts(models[SMALL], found)
+    self._small = pretrained_lib.load(str(begun.policy), self._config)
+    self._large = pretrained_lib.load(str(large), self._config)
+    self._reward = roles.reward(self._config, self._small)
+
+  def compare(self, member, console):
+    """A row a model, and what they write to the first prompt."""
+    config = toy_runs.varied(self._config, {"seed": member.seed})
+    models = {
+      SMALL: self._small,
+      RLHF: pretrained_lib.load(str(member.path), config),
+      LARGE: self._large,
+    }
+    prompts = evaluation.heldout_prompts(config, self._small, console)
+    found = {
+      # Streams of their own: responses of two models are independent.
+      name: evaluation.evaluate(
+        config,
+        model,
+        self._large if name == LARGE else self._small,
+        self._reward,
+        prompts,
+        seed=evaluation.seed_of(member.seed, stream),
+      )
+      for stream, (name, model) in enumerate(models.items())
+    }
+    floor = _floor(config)
+    rows = [
+      _row(
+        member.seed,
+        name,
+        _count(models[name].params),
+        retention.losses(config, models[name], models[name], console),
+        floor,
+        found[name],
+        found[LARGE],
+        toy_language.of(config),
+      )
+      for name in models
+    ]
+    return rows, _first_texts(self._small, found)
 
 
 def _row(seed, name, parameters, losses, floor, mine, large, language):

@@ -13,12 +13,12 @@ import json
 import pathlib
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from rlhf_jax import types
 from rlhf_jax.host import toy_language
 from rlhf_jax.objective import masking
-from rlhf_jax import types
 
 _HARMFUL = -2.0  # The sentiment of harmful words.
 
@@ -28,6 +28,24 @@ def harmful_ids(language: toy_language.Language) -> list[int]:
   words = language.sentiments.items()
   harmful = {word for word, level in words if level == _HARMFUL}
   return [i for i, word in enumerate(language.vocabulary) if word in harmful]
+
+
+_HARMFUL_IDS = harmful_ids(toy_language.LANGUAGES["reviews"])
+
+
+def harmful_words(
+  tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B"]:
+  """Harmful words per response of `reviews`, as a reward of kind `function`."""
+  harmful = jnp.isin(tokens, jnp.array(_HARMFUL_IDS))
+  return (harmful & mask).sum(axis=1).astype(jnp.float32)
+
+
+def harmful_in(sequences: types.Sequences) -> Float[Array, "B"]:
+  """The same of responses."""
+  tokens = sequences.response_tokens
+  mask = masking.response_mask(sequences.response_lengths, tokens.shape[1])
+  return harmful_words(tokens, mask)
 
 
 def sample(

@@ -18,10 +18,10 @@ def policy():
 
 
 def load(policy, overrides):
-  config = ppo.get_config(f"toy,mix.kind=nll,{overrides}")
-  console = rich_console.Console(file=io.StringIO(), width=200)
-  rows = mix_texts.load(config, policy, console)
-  return rows, console.file.getvalue()
+  config = ppo.get_config(f"toy,mix.kind=nll,mix.batch_size=1,{overrides}")
+  printed = io.StringIO()
+  console = rich_console.Console(file=printed, width=200)
+  return mix_texts.load(config, policy, console), printed.getvalue()
 
 
 def texts_of(rows):
@@ -53,18 +53,18 @@ def test_they_open_as_asked(policy):
 
 def test_a_file_is_read_as_sft_reads_it(policy, tmp_path):
   path = tmp_path / "texts.jsonl"
-  pairs = [("it was", " so soft ."), ("we liked", " the fish .")]
+  pairs = [("it was", " so boring ."), ("we liked", " the film .")]
   lines = [json.dumps({"prompt": a, "response": b}) for a, b in pairs]
   path.write_text("\n".join(lines))
-  overrides = f"mix.path={path},mix.batch_size=1,data.heldout_fraction=0.4"
+  overrides = f"mix.path={path},data.heldout_fraction=0.4"
   rows, printed = load(policy, overrides)
   assert str(path) in printed
   (text,) = texts_of(rows)
   # One of the two is held out; the prompt is read and not predicted.
   words = policy.tokenizer.convert_ids_to_tokens(text)
   whole = [
-    "<start> it was so soft . <end>",
-    "<start> we liked the fish . <end>",
+    "<start> it was so boring . <end>",
+    "<start> we liked the film . <end>",
   ]
   assert " ".join(words) in whole
   size = len(text)
@@ -81,9 +81,7 @@ def test_too_few_texts_for_a_batch(policy):
 
 
 def test_another_language_than_the_policy_speaks(policy):
-  with pytest.raises(
-    errors.UserError, match=r"config\.data\.language: 'notes'"
-  ):
+  with pytest.raises(errors.UserError, match=r"data\.language: 'notes'"):
     load(policy, "data.language=notes")
 
 

@@ -336,6 +336,34 @@ def test_an_ensemble_is_trusted_as_far_as_it_agrees(grouped):
     assert "reward/gold" not in before
 
 
+def test_a_prefix_and_the_kl_that_it_cannot_hide(train):
+  """At step 0 the policy is the reference, and both read the prefix."""
+  run = train("run", "rollout.prefix=we liked", "kl.anchored=True")
+  first, second = rows(run)
+  assert first["kl/reverse_exact"] == first["kl/forward_exact"] == 0
+  assert first["kl/anchored"] > 10 * second["kl/reverse_exact"] > 0
+  for row in (first, second):
+    np.testing.assert_allclose(
+      row["kl/penalty"], row["kl/beta"] * row["kl/anchored"], rtol=1e-5
+    )
+  for record in rows(run, "samples"):
+    assert record["prompt"].startswith("we liked ")
+
+
+def test_texts_in_the_loss_of_every_member(train):
+  """A sweep's members have texts of their seeds, as single runs have."""
+  mix = ["mix.kind=forward_kl", "mix.batch_size=4", "data.sequence_length=48"]
+  sweep = train("sweep", *mix, "sweep.seeds=0,1", "kl.beta=0.1")
+  alone = train("alone", *mix, "seed=1", "kl.beta=0.1")
+  members = [
+    rows(sweep / f"beta=0.1,seed={seed}", "metrics") for seed in (0, 1)
+  ]
+  for name in ("mix/nll", "mix/forward_kl", "mix/reverse_kl"):
+    found, wanted = members[1][0][name], rows(alone)[0][name]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-7)
+    assert members[0][0][name] != members[1][0][name]
+
+
 def test_an_alarm_is_printed_once(train, monkeypatch, capsys):
   monkeypatch.setitem(alarms.MISMATCH_TOLERANCE, "float32", -1.0)
   train("run", *CONTROLLED)

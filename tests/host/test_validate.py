@@ -203,6 +203,26 @@ BAD_FIELDS = [
   ("rollout.top_k=-1", "rollout.top_k: -1; wanted at least 0"),
   ("rollout.stop_ids=1,-1", "config.rollout.stop_ids: (1, -1); wanted"),
   ("rollout.stop_ids='a'", "config.rollout.stop_ids: ('a',); wanted"),
+  # The prefix, and texts in the loss.
+  ("kl.anchored=true", "config.kl.anchored: True; wanted False without a rol"),
+  ("stage=dpo,rollout.prefix=a", "config.rollout.prefix: 'a'; wanted '' in st"),
+  ("mix.kind=ptx", "config.mix.kind: 'ptx'; wanted 'none' or 'nll' or 'forw"),
+  ("stage=dpo,mix.kind=nll", "config.mix.kind: 'nll'; wanted 'none' in stage"),
+  ("mix.path=a.txt", "config.mix.path: 'a.txt'; wanted '' with mix.kind='none"),
+  ("mix.kind=nll,mix.path=a.txt", "config.mix.path: 'a.txt'; wanted '' or a f"),
+  ("mix.kind=nll,data.path=a.txt", "config.mix.path: ''; wanted a file of tex"),
+  ("mix.opening=person", "config.mix.opening: 'person'; wanted '' unless mix"),
+  ("mix.coefficient=-1", "config.mix.coefficient: -1.0; wanted finite and at"),
+  ("mix.batch_size=0", "config.mix.batch_size: 0; wanted at least 1"),
+  (
+    "mix.kind=nll,mix.batch_size=6,ppo.microbatches=2",
+    "config.mix.batch_size: 6; wanted a multiple of ppo.minibatches",
+    "= 2 × 2, into which the texts are cut",
+  ),
+  (
+    "mix.kind=nll,data.sequence_length=129",
+    "config.data.sequence_length: 129; wanted at most the model's 128",
+  ),
   # 9, 38: the network.
   ("rollout.response_length=121", "response_length: 121", "128 positions"),
   ("model.kv_heads=3", "config.model.heads: 4", "model.kv_heads=3"),

@@ -5,6 +5,7 @@ Mutants that were tried and fail here: TBD
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_a_run_by_hand():
       }
       for i in range(4)
     ]
-    return toy_runs.Member(beta, seed, None, rows)
+    return toy_runs.Member(beta, seed, pathlib.Path("x"), rows)
 
   members = [member(0.0, 0, 0.0), member(0.1, 0, 5.0), member(0.1, 1, 7.0)]
   arms = clip_and_penalty.of_members(0.2, members, last=2)

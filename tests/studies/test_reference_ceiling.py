@@ -5,6 +5,7 @@ Mutants that were tried and fail here: see the end of each test's name.
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -88,10 +89,13 @@ def test_a_slope_and_where_it_leads():
 
 
 def test_members_go_to_their_beta_and_seed():
-  names = ("reward/gold", "kl/reverse_exact", "reward/score")
-  rows = lambda gold: [dict(zip(names, (gold, 2 * gold, -gold)))] * 2
+
+  def rows(gold):
+    row = {"reward/gold": gold, "kl/reverse_exact": 2 * gold}
+    return [row | {"reward/score": -gold}] * 2
+
   members = [
-    toy_runs.Member(beta, seed, None, rows(10 * beta + seed))
+    toy_runs.Member(beta, seed, pathlib.Path("x"), rows(10 * beta + seed))
     for beta in (0.1, 1.0)
     for seed in (0, 1)
   ]

@@ -1,0 +1,60 @@
+r"""A β tuned on one task fails on another; does a KL target transfer better?
+
+    python -m launch.study --config=configs/studies/beta_transfer.py \
+      --workdir=runs/beta_transfer
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults, ppo, studies
+
+
+def full() -> ConfigDict:
+  """What the README shows."""
+  config = studies.new(
+    study="beta_transfer",
+    claim=(
+      "A β tuned on one task fails on another; a KL target transfers better."
+    ),
+    source="folklore",
+  )
+  # A task a place: its language, which sets the vocabulary and the lengths;
+  # the judge of its pairs, see data.judge_temperature; what its reward model is
+  # made from, and the steps of that and of SFT.
+  config.languages = ("reviews", "notes", "essays")
+  config.judges = (1.0, 3.0, 1.0)  # reward units
+  config.pairs = (2048, 512, 2048)
+  config.response_lengths = (26, 10, 50)  # tokens: room for every text
+  config.sft_steps = (300, 150, 400)
+  config.reward_steps = (150, 100, 150)
+  config.betas = (0.01, 0.025, 0.06, 0.15, 0.4, 1.0)  # rising, of every task
+  config.seeds = 3  # from config.seed on, under every β and target
+  config.last = 10  # steps at the end that are averaged
+  config.fails = 0.1  # of a task's gain; a regret above it is a failure
+  config.training = ppo.toy()
+  config.training.seed = config.get_ref("seed").identity()
+  config.training.train.steps = 50
+  config.training.checkpoint.every = 1000
+  config.training.checkpoint.keep = 1
+  config.lock()
+  return config
+
+
+def reduced() -> ConfigDict:
+  """Seconds, for the tests: nothing is learned in so few steps."""
+  config = full()
+  config.languages = ("reviews", "notes")
+  config.judges = (1.0, 3.0)
+  config.pairs = (64, 32)
+  config.response_lengths = (8, 6)
+  config.sft_steps = config.reward_steps = (4, 4)
+  config.betas = (0.01, 1.0)
+  config.seeds = 2
+  config.last = 2
+  studies.shrink(config.training)
+  return config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The preset that `arg` names; see `configs.defaults.parse`."""
+  return defaults.parse(arg, {"full": full, "reduced": reduced})

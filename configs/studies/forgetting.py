@@ -1,0 +1,58 @@
+r"""The KL penalty only partly prevents forgetting off the RL distribution.
+
+    python -m launch.study --config=configs/studies/forgetting.py \
+      --workdir=runs/forgetting
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults, ppo, studies
+
+
+def full() -> ConfigDict:
+  """What the README shows."""
+  config = studies.new(
+    study="forgetting",
+    claim=(
+      "The KL penalty only partly prevents forgetting off the RL distribution;"
+      " general texts in the loss prevent more of it."
+    ),
+    source=(
+      "Ouyang et al. 2022, arXiv:2203.02155, section 4.2; the predictors:"
+      " Shenfeld, Pari & Agrawal 2025, arXiv:2509.04259"
+    ),
+  )
+  config.betas = (0.0, 0.02, 0.05, 0.1, 0.3)  # no penalty, then several
+  # Each beside the penalty of the best β; see config.mix.kind.
+  config.mixes = ("nll", "forward_kl", "reverse_kl")
+  config.seeds = 4  # from config.seed on, in every arm
+  config.off = ("determiner", "pronoun")  # openings that PPO does not see
+  config.prompts = 256  # held out, of each opening; and as many texts
+  config.resamples = 2000  # of the bootstrap
+  config.training = ppo.toy()
+  config.training.seed = config.get_ref("seed").identity()
+  config.training.data.opening = "person"  # All that PPO sees.
+  config.training.mix.coefficient = 0.5  # reward units per nat
+  config.training.train.steps = 100
+  config.training.checkpoint.every = 1000
+  config.training.checkpoint.keep = 1
+  config.lock()
+  return config
+
+
+def reduced() -> ConfigDict:
+  """Seconds, for the tests: nothing is learned in so few steps."""
+  config = full()
+  config.betas = (0.0, 0.1)
+  config.mixes = ("nll",)
+  config.seeds = 2
+  config.prompts = 16
+  config.resamples = 50
+  config.training.mix.batch_size = 8
+  studies.shrink(config.training)
+  return config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The preset that `arg` names; see `configs.defaults.parse`."""
+  return defaults.parse(arg, {"full": full, "reduced": reduced})

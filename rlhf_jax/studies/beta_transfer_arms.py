@@ -1,0 +1,168 @@
+"""What the study `beta_transfer` measures, and its rule.
+
+A seed is one observation, and so are the tasks together: an interval is of the
+mean over all pairs of tasks, over the seeds. The tasks are those of the study,
+and no sample of tasks.
+
+The regret of a pair is the gold that is lost on a task with what was best on
+another, as a share of what the task's own best β gains over its SFT policy. The
+β of the task itself is chosen, for each seed, by the *other* seeds' gold: the
+one that happened to come out best would flatter it. What comes from another
+task was chosen without a look at this one.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf_jax.studies import intervals, study
+
+
+class Task(NamedTuple):
+  """What a sweep over β says of a task; figures are `[β, seed]`.
+
+  Attributes:
+    name: Its language.
+    betas: Rising.
+    start: The SFT policy's gold.
+    gold: At the end, reward units.
+    kl: At the end, nats per response.
+    tokens: At the end, per response.
+  """
+
+  name: str
+  betas: tuple[float, ...]
+  start: float
+  gold: np.ndarray
+  kl: np.ndarray
+  tokens: np.ndarray
+
+  @property
+  def best(self) -> int:
+    """Place of the β with the highest mean gold."""
+    return int(self.gold.mean(axis=1).argmax())
+
+  @property
+  def own(self) -> np.ndarray:
+    """`[seed]`: gold under the β that is best by the other seeds."""
+    others = self.gold.sum(axis=1, keepdims=True) - self.gold
+    return self.gold[others.argmax(axis=0), np.arange(self.gold.shape[1])]
+
+  @property
+  def gains(self) -> np.ndarray:
+    """`[seed]`: of the task's own β."""
+    return self.own - self.start
+
+  @property
+  def target(self) -> float:
+    """KL under the best β, nats per response; what the task would hold."""
+    return float(f"{self.kl[self.best].mean():.3g}")
+
+  @property
+  def per_token(self) -> float:
+    """The same in nats per token."""
+    return float((self.kl[self.best] / self.tokens[self.best]).mean())
+
+
+class Transfer(NamedTuple):
+  """What was best on one task, on another; arrays are `[seed]`.
+
+  Attributes:
+    source: The task that it comes from.
+    task: The task that it is used on.
+    beta: The source's best.
+    target: The source's KL under it, nats per response.
+    kl: Reached with the target, nats per response.
+    of_beta: Regret of β, shares of the task's gain.
+    of_target: Regret of the KL target.
+    of_front: What the task's front says of the regret of that target.
+    of_tokens: What it says of the source's KL in nats per token.
+  """
+
+  source: str
+  task: str
+  beta: float
+  target: float
+  kl: np.ndarray
+  of_beta: np.ndarray
+  of_target: np.ndarray
+  of_front: np.ndarray
+  of_tokens: np.ndarray
+
+
+class Regrets(NamedTuple):
+  """Means over pairs of tasks, shares of the gain, with intervals.
+
+  `saved` is the regret of β less that of the KL target; `saved_by_tokens` less
+  what the fronts say of a target in nats per token.
+  """
+
+  beta: intervals.Interval
+  target: intervals.Interval
+  saved: intervals.Interval
+  tokens: intervals.Interval
+  saved_by_tokens: intervals.Interval
+
+
+def transfer_of(
+  source: Task, task: Task, gold: np.ndarray, kl: np.ndarray
+) -> Transfer:
+  """One pair; `gold` and `kl`, `[seed]`, are of runs with source.target."""
+  share = lambda lost: lost / task.gains.mean()
+  beta = source.betas[source.best]
+  tokens = source.per_token * task.tokens[task.best].mean()
+  return Transfer(
+    source=source.name,
+    task=task.name,
+    beta=beta,
+    target=source.target,
+    kl=kl,
+    of_beta=share(task.own - task.gold[task.betas.index(beta)]),
+    of_target=share(task.own - gold),
+    of_front=share(task.own - on_front(task, source.target)),
+    of_tokens=share(task.own - on_front(task, tokens)),
+  )
+
+
+def on_front(task: Task, nats: float) -> np.ndarray:
+  """`[seed]`: gold where a seed's sweep, over its β, has this KL.
+
+  Interpolated in log KL; beyond the sweep's ends, the end's.
+  """
+  golds = []
+  for gold, kl in zip(task.gold.T, task.kl.T):
+    order = kl.argsort()
+    golds.append(np.interp(math.log(nats), np.log(kl[order]), gold[order]))
+  return np.array(golds)
+
+
+def regrets_of(transfers: Sequence[Transfer]) -> Regrets:
+  """Means over the pairs of tasks for each seed, then over the seeds."""
+  beta = np.mean([t.of_beta for t in transfers], axis=0)
+  target = np.mean([t.of_target for t in transfers], axis=0)
+  tokens = np.mean([t.of_tokens for t in transfers], axis=0)
+  return Regrets(
+    beta=intervals.of_mean(beta),
+    target=intervals.of_mean(target),
+    saved=intervals.of_difference(beta, target),
+    tokens=intervals.of_mean(tokens),
+    saved_by_tokens=intervals.of_difference(beta, tokens),
+  )
+
+
+def verdict(tasks: Sequence[Task], regrets: Regrets, *, fails: float) -> str:
+  """The rule: a part on β and a part on the target.
+
+  A transferred β fails where its mean regret is above `fails`; the target
+  transfers better where it saves some of that. Where there is nothing to be
+  gained on a task, nothing can be lost, and the claim has no test.
+  """
+  if any(intervals.of_mean(task.gains).low <= 0 for task in tasks):
+    return study.DOES_NOT_HOLD
+  parts = {
+    "a β fails on other tasks": regrets.beta.low > fails,
+    "a KL target transfers better": regrets.saved.low > 0,
+  }
+  return study.verdict(parts, "the question is whether")
