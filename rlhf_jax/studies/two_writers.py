@@ -89,7 +89,7 @@ def _redrawn(language: toy_language.Language):
   harmful = set(harmful_ids(language))
   ids = {word: i for i, word in enumerate(language.vocabulary)}
   redrawn = {}
-  for name, words in language.words.items():
+  for words in language.words.values():
     of = {ids[word]: weight for word, weight in words.items()}
     if harmful.isdisjoint(of):
       continue
