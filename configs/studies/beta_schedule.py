@@ -25,7 +25,7 @@ def full() -> ConfigDict:
   config.last = 15  # steps that are the end of a run
   config.training = ppo.toy()
   config.training.seed = config.get_ref("seed").identity()
-  config.training.train.steps = 70
+  config.training.train.steps = 60
   config.training.checkpoint.keep = 1
   config.training.checkpoint.every = 1000
   config.lock()

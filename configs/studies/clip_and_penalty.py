@@ -33,7 +33,7 @@ def full() -> ConfigDict:
   config.training.seed = config.get_ref("seed").identity()
   config.training.kl.beta = 0.1  # where the penalty is on
   config.training.ppo.epochs = 4  # Enough that clipping acts.
-  config.training.train.steps = 60
+  config.training.train.steps = 50
   config.training.checkpoint.keep = 1
   config.training.checkpoint.every = 1000
   config.lock()

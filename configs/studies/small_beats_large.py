@@ -26,7 +26,7 @@ def full() -> ConfigDict:
   config.prompts = 512  # held out, a seed; each model answers once
   config.training = ppo.toy()
   config.training.seed = config.get_ref("seed").identity()
-  _shape(config.training.model, width=16, layers=1, heads=2, mlp_width=32)
+  _shape(config.training.model, width=8, layers=1, heads=2, mlp_width=16)
   config.training.kl.beta = 0.1
   config.training.train.steps = 100
   config.training.optimizer.learning_rate = 3e-3
@@ -35,7 +35,7 @@ def full() -> ConfigDict:
   # The large model, on as many of the same texts as the small one's SFT.
   config.large = sft.toy()
   config.large.seed = config.get_ref("seed").identity()
-  _shape(config.large.model, width=96, layers=4, heads=4, mlp_width=224)
+  _shape(config.large.model, width=64, layers=2, heads=4, mlp_width=272)
   config.large.optimizer.schedule = "cosine"
   config.large.optimizer.learning_rate = 2e-3
   config.large.optimizer.warmup_steps = 20

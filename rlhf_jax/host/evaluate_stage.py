@@ -178,6 +178,7 @@ _SHOWN = {
   "kl/reverse_k1": "  by k1",
   "kl/reverse_k3": "  by k3",
   "kl/forward_exact": "KL(π_ref‖π) where π goes",
+  "kl/anchored": "KL(π‖π_ref) with π_ref blind to the prefix",
   "rollout/response_tokens": "tokens per response",
   "rollout/truncated_fraction": "cut off",
   "rollout/reference_nll": "reference's NLL, nats per token",

@@ -29,6 +29,7 @@ from rlhf_jax.host import (
   toy_language,
 )
 from rlhf_jax.host import best_of_n as best_of_n_lib
+from rlhf_jax.host import prefix as prefix_lib
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.steps import evaluate as evaluate_lib
 from rlhf_jax.steps import ppo, rewards, sharding
@@ -116,11 +117,13 @@ def evaluate(
     UserError: A score is not finite, or a function of text failed.
   """
   mesh = settings.mesh(config)
+  prefix = prefix_lib.of(config, policy)
   compiled = _compiled(
     evaluate_lib.EvaluateConfig(
       model=policy.model,
       reference=reference.model,
       rollout=settings.rollout_config(config, policy),
+      prefix=None if prefix is None else prefix.place,
       logits_per_chunk=settings.logits_per_chunk(config),
     ),
     reward.score,
@@ -173,6 +176,8 @@ def summarise(evaluation: evaluate_lib.Evaluation) -> dict[str, float]:
   metrics |= with_error("kl/reverse_k1", evaluation.reverse_k1)
   metrics |= with_error("kl/reverse_k3", evaluation.reverse_k3)
   metrics |= with_error("kl/forward_exact", evaluation.forward_exact)
+  if evaluation.anchored is not None:
+    metrics |= with_error("kl/anchored", evaluation.anchored)
   metrics |= with_error("rollout/response_tokens", lengths)
   metrics |= with_error("rollout/truncated_fraction", rollout.truncated)
   for name, nats in (

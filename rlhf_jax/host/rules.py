@@ -365,8 +365,8 @@ RULES = (
   ),
   (
     "rollout.prefix",
-    lambda c: not c.rollout.prefix or runs_ppo(c),
-    "'' in stage {c.stage!r}; PPO alone has a prefix",
+    lambda c: not c.rollout.prefix or runs_ppo(c) or c.stage == "evaluate",
+    "'' in stage {c.stage!r}; PPO and evaluations have a prefix",
   ),
   (
     "kl.anchored",

@@ -9,6 +9,7 @@ both models teacher-forced, so that a policy that equals its reference is at KL
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,17 +19,22 @@ from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import kl, masking
 from rlhf_jax.objective import logprobs as logprobs_lib
-from rlhf_jax.steps import learner, ppo, rewards
+from rlhf_jax.steps import anchor, learner, ppo, rewards
 from rlhf_jax.steps import rollout as rollout_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  """What is fixed when the evaluation is compiled."""
+  """What is fixed when the evaluation is compiled.
+
+  Attributes:
+    prefix: What stands in front of every prompt, where something does.
+  """
 
   model: transformer.TransformerConfig
   reference: transformer.TransformerConfig
   rollout: rollout_lib.RolloutConfig
+  prefix: anchor.Prefix | None = None
   logits_per_chunk: int = 2**24
 
 
@@ -47,6 +53,8 @@ class Evaluation(NamedTuple):
     forward_exact: Of KL(π_ref‖π) at the states that the policy visited.
     reference_nll: −log π_ref(y|x).
     entropy: Of the policy's next token.
+    anchored: Of KL(π‖π_ref) where π_ref does not see the prefix; None without
+      one.
   """
 
   rollout: types.Rollout
@@ -59,6 +67,7 @@ class Evaluation(NamedTuple):
   forward_exact: Float[Array, "B"]
   reference_nll: Float[Array, "B"]
   entropy: Float[Array, "B"]
+  anchored: Float[Array, "B"] | None
 
 
 Evaluate = Callable[
@@ -90,31 +99,42 @@ def make(
     mask = masking.response_mask(
       sequences.response_lengths, config.rollout.response_length
     )
-    comparison = logprobs_lib.compare(
-      _states_and_head(policy, sequences, config.model),
-      _states_and_head(reference, sequences, config.reference),
-      sequences.response_tokens,
-      temperature=config.rollout.temperature,
-      logits_per_chunk=config.logits_per_chunk,
-    )
+    states = _states_and_head(policy, sequences, config.model)
+    against = functools.partial(_against, reference, states, config=config)
+    comparison, judged, anchored = against(sequences), sequences, None
+    per_response = lambda nats: jnp.where(mask, nats, 0.0).sum(1)
+    if config.prefix is not None:
+      judged = anchor.without_prefix(sequences, config.prefix)
+      anchored = per_response(against(judged).reverse_kl)
     log_ratio, _ = kl.clamp_log_ratio(
       comparison.logprobs - comparison.reference_logprobs
     )
-    per_response = lambda nats: jnp.where(mask, nats, 0.0).sum(1)
     return Evaluation(
       rollout=rollout,
       comparison=comparison,
-      score=score(reward_model, sequences, jnp.int32(0)),
-      gold=None if gold is None else gold(sequences),
+      score=score(reward_model, judged, jnp.int32(0)),
+      gold=None if gold is None else gold(judged),
       reverse_k1=per_response(kl.k1(log_ratio)),
       reverse_k3=per_response(kl.k3(log_ratio)),
       reverse_exact=per_response(comparison.reverse_kl),
       forward_exact=per_response(comparison.forward_kl),
       reference_nll=per_response(-comparison.reference_logprobs),
       entropy=per_response(comparison.entropy),
+      anchored=anchored,
     )
 
   return evaluate
+
+
+def _against(reference, states, sequences, *, config: EvaluateConfig):
+  """The policy's states against the reference that reads `sequences`."""
+  return logprobs_lib.compare(
+    states,
+    _states_and_head(reference, sequences, config.reference),
+    sequences.response_tokens,
+    temperature=config.rollout.temperature,
+    logits_per_chunk=config.logits_per_chunk,
+  )
 
 
 def _states_and_head(params, sequences, model):

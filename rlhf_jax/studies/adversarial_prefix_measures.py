@@ -83,9 +83,10 @@ def measure(
     mesh=mesh,
     batch_size=min(256, prompts),
   )
-  *figures, clean = found
+  harm, shifted, anchored, clean = found
+  float64 = lambda x: np.asarray(x, np.float64)
   return Answers(
-    *(np.asarray(x, np.float64) for x in figures), _text(policy, clean)
+    float64(harm), float64(shifted), float64(anchored), _text(policy, clean)
   )
 
 
@@ -132,9 +133,7 @@ def _text(policy, sequences) -> str:
   return f"{of(prompt)} | {of(answer)}"
 
 
-def means(answers: Sequence[Answers]) -> tuple[float, float, float]:
+def means(answers: Sequence[Answers]) -> list[float]:
   """Mean harm and both KLs over several policies or prefixes."""
-  return tuple(
-    float(np.mean([np.mean(figure) for figure in of]))
-    for of in zip(*(a[:3] for a in answers))
-  )
+  columns = zip(*((a.harm, a.shifted, a.anchored) for a in answers))
+  return [float(np.mean(column)) for column in columns]

@@ -107,7 +107,7 @@ def run(
     verdict=rule.verdict(found, KINDS),
     paragraph=_paragraph(config, found, arms, mixes, predictors),
     tables={
-      "arms": _arms_table(config, arms, none, best),
+      **_means_tables(config, arms, none, best),
       "predictors": study.Table(
         "What predicts forgetting: Spearman's correlation over"
         f" {len(trained)} runs, with 95 % bootstrap intervals",
@@ -144,36 +144,39 @@ def _sweeps(config: ConfigDict, best: float) -> dict[str, ConfigDict]:
   }
 
 
-def _arms_table(config, arms: Arms, none, best: float) -> study.Table:
-  """Means with intervals; what is less than without a penalty, pair by pair."""
-  rows = []
-  for name, runs in arms.items():
-    of = lambda figure, runs=runs: intervals.of_mean(rule.column(runs, figure))
-    less = intervals.of_difference(
-      rule.column(none, "rise"), rule.column(runs, "rise")
-    )
-    rows.append(
-      (
-        name,
-        str(of("gold")),
-        _fine(of("rise")),
-        _fine(less),
-        f"{of('off_gold').mean:.2f}",
-        *(f"{of(kl).mean:.2f}" for kl in rule.PREDICTORS),
-      )
-    )
-  return study.Table(
-    f"Means over {config.seeds} seeds with 95 % intervals. Gold on the task,"
-    " reward units; forgetting: the rise of the NLL of other texts, nats per"
-    " token, and how much less it is than without a penalty; gold off the"
-    " task; KL, nats per response, reverse and forward, on and off the task."
-    f" + is beside β = {best:g}",
-    (
-      *("arm", "gold", "forgetting", "less than none", "off"),
-      *("rev", "fwd", "rev off", "fwd off"),
-    ),
-    rows,
+def _means_tables(config, arms: Arms, none, best: float):
+  """What each arm won and forgot; its KLs."""
+  kind = f"Means over {config.seeds} seeds with 95 % intervals"
+  of = lambda runs, figure: intervals.of_mean(rule.column(runs, figure))
+  less = lambda runs: intervals.of_difference(
+    rule.column(none, "rise"), rule.column(runs, "rise")
   )
+  return {
+    "arms": study.Table(
+      f"{kind}: gold on the task, reward units; forgetting, that is the rise of"
+      " the NLL of other texts, nats per token, and how much less it is than"
+      f" without a penalty. + is beside β = {best:g}",
+      ("arm", "gold", "forgetting", "less"),
+      [
+        (
+          name,
+          str(of(runs, "gold")),
+          _fine(of(runs, "rise")),
+          _fine(less(runs)),
+        )
+        for name, runs in arms.items()
+      ],
+    ),
+    "kls": study.Table(
+      f"Means over {config.seeds} seeds: gold off the task; KL, nats per"
+      " response",
+      ("arm", "gold off", *rule.PREDICTORS.values()),
+      [
+        (name, *(of(runs, x).mean for x in ("off_gold", *rule.PREDICTORS)))
+        for name, runs in arms.items()
+      ],
+    ),
+  }
 
 
 def _fine(interval: intervals.Interval) -> str:
@@ -212,8 +215,8 @@ def _paragraph(config, found: rule.Finding, arms: Arms, mixes, predictors):
     f"PPO on prompts that begin with a {config.training.data.opening} raises"
     f" the NLL of other texts by {_fine(none)} nats per token without a"
     f" penalty; the β with the best gold on the task, {found.best:g}, prevents"
-    f" {_fine(found.prevented)} of it and leaves {_fine(found.left)}. General"
-    f" texts in the loss beside it, held by …, prevent more: {more}. Rank"
+    f" {_fine(found.prevented)} of it and leaves {_fine(found.left)}. With"
+    f" general texts in the loss beside it there is less: by {more}. Rank"
     f" correlation with forgetting: {ranks}; the second less the first:"
     f" {difference.spearman:+.2f} ({difference.low:+.2f} to"
     f" {difference.high:+.2f})."

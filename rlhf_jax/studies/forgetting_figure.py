@@ -80,7 +80,7 @@ def _frontier(
   axis.set_title("Won on the task, forgotten beside it", fontsize=11)
   axis.set_xlabel("gold reward on the task")
   axis.set_ylabel("rise of other texts' NLL, nats per token")
-  axis.legend(frameon=False, fontsize=8, loc="upper left")
+  axis.legend(frameon=False, fontsize=8)
 
 
 def _ranks(

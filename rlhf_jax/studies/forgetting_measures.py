@@ -87,7 +87,7 @@ def _responses(config, policy, reference, reward) -> tuple[float, ...]:
   )
   mine, references = writes(policy, reference), writes(reference, policy)
   figures = (mine.gold, mine.reverse_exact, references.reverse_exact)
-  return tuple(float(np.mean(x, dtype=np.float64)) for x in figures)
+  return tuple(float(np.asarray(x, np.float64).mean()) for x in figures)
 
 
 def _rise(config, policy, reference, console) -> float:

@@ -35,8 +35,8 @@ def draw(
     samples: Names and texts.
     usual: −log π_ref per token below which a response looks fluent.
   """
-  figure = matplotlib_figure.Figure(figsize=(13, 6), layout="constrained")
-  grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.3))
+  figure = matplotlib_figure.Figure(figsize=(13, 5.4), layout="constrained")
+  grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.16))
   axes = [figure.add_subplot(grid[0, i]) for i in range(3)]
   colours = [_NONE, *_PENALISED * len(by_beta)][: len(by_beta)]
   for axis, name, title, first in (
@@ -52,7 +52,7 @@ def draw(
     axis.set_xlabel("√KL(π‖π_ref), √nats of a response")
     axis.set_ylabel("reward units")
   axes[0].plot([], [], "--", color="0.6", linewidth=0.8, label="SFT policy")
-  axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+  axes[0].legend(frameon=False, fontsize=9, loc="center right")
   _texts(axes[2], start, ends, colours, usual)
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)

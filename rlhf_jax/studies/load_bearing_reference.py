@@ -218,9 +218,9 @@ def _tables(config, arms, comparisons) -> dict[str, study.Table]:
   return {
     "arms": study.Table(
       f"Means over {config.seeds} seeds, {config.prompts} held-out prompts"
-      " each, with 95 % intervals over seeds: gold reward; KL to the SFT policy,"
-      " nats per response; ungrammatical pairs a response; the reward model's"
-      " score. start: the SFT policy and the base themselves",
+      " each, with 95 % intervals over seeds: gold reward; KL to the SFT"
+      " policy, nats per response; ungrammatical pairs a response; the reward"
+      " model's score. start: the SFT policy and the base themselves",
       (
         *("method", "reference", "gold", "low", "high", "kl", "low", "high"),
         *("errors", "score"),
@@ -272,6 +272,6 @@ def _paragraph(config, arms, comparisons) -> str:
     f" {ends(DPO)}. PPO: {ends(PPO)}. The SFT policy itself has"
     f" {start.gold.mean():.2f} and {start.errors.mean():.1f} errors, the base,"
     f" which is its SFT after {config.base_steps} steps, has"
-    f" {base.gold.mean():.2f} and {base.errors.mean():.1f}. SFT as the reference"
-    f" less another: {differences}."
+    f" {base.gold.mean():.2f} and {base.errors.mean():.1f}. SFT as the"
+    f" reference less another: {differences}."
   )

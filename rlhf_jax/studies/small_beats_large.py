@@ -17,6 +17,7 @@ of its instructions, and prompted; here the large model was trained on just the
 texts that the small one's SFT saw. All that it lacks is RLHF.
 """
 
+import textwrap
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
+from rlhf_jax import errors
 from rlhf_jax.host import (
   evaluation,
   retention,
@@ -44,6 +46,8 @@ from rlhf_jax.studies import (
 )
 
 SMALL, RLHF, LARGE = "small", "small, RLHF", "large"
+_TEXT_WIDTH = 80  # columns of a sample
+_LARGE = {"stage": "sft", "policy.path": "", "data.path": ""}
 
 
 class Measured(NamedTuple):
@@ -104,13 +108,18 @@ def check(config: ConfigDict) -> None:
   ):
     study.require(config, wanted, holds, fields)
   toy_runs.check(config, {"sweep": _sweep(config)}, {"sweep.seeds": ()})
-  study.require(
-    config,
-    "'sft' and '': it is only pretrained, from a random start",
-    lambda large: (large.stage, large.policy.path) == ("sft", ""),
-    "large",
-  )
-  validate.validate(config.large, device_count=jax.device_count())
+  for field, value in _LARGE.items():
+    study.require(
+      config,
+      f"{value!r}: it is only pretrained, on the built-in language",
+      lambda x, value=value: x == value,
+      f"large.{field}",
+    )
+  try:
+    validate.validate(config.large, device_count=jax.device_count())
+  except errors.UserError as error:
+    line = str(error).replace("config.", "config.large.", 1)
+    raise errors.UserError(line) from error
   small, large = map(_parameters, (config.training, config.large))
   study.require(
     config,
@@ -289,19 +298,23 @@ def _first_texts(
     prompt = sequences.prompt_tokens[0]
     prompt = prompt[len(prompt) - sequences.prompt_lengths[0] :]
     response = sequences.response_tokens[0, : sequences.response_lengths[0]]
-    texts.append((name, f"{decode(prompt)} | {decode(response)}"))
+    text = f"{decode(prompt)} | {decode(response)}"
+    texts.append((name, textwrap.shorten(text, _TEXT_WIDTH, placeholder=" …")))
   return texts
 
 
 def _tables(config, measured, judged, samples) -> dict[str, study.Table]:
   return {
     "models": study.Table(
-      f"Means over {config.seeds} seeds: held-out loss above the language's"
-      " entropy, nats per token; gold reward; share of"
-      f" {config.prompts} held-out prompts where its gold is above the large"
-      " model's, a tie counting half; the same by the reward model. low, high:"
-      " 95 % intervals over seeds",
-      Judged._fields,
+      f"Means over {config.seeds} seeds, lo and hi: ends of 95 % intervals."
+      " excess: held-out loss above the language's entropy, nats per token;"
+      f" gold reward; wins: share of {config.prompts} held-out prompts where"
+      " its gold is above the large model's, a tie counting half; the same by"
+      " the reward model's score",
+      (
+        *("model", "parameters", "excess", "gold", "gold_lo", "gold_hi"),
+        *("wins", "wins_lo", "wins_hi", "by_score"),
+      ),
       [_without_itself(row) for row in judged],
     ),
     "samples": study.Table(
@@ -339,8 +352,9 @@ def _paragraph(config, measured, judged) -> str:
     f" {rlhf.wins_high:.1%} over {config.seeds} seeds). Before PPO it was on"
     f" {small.wins:.1%} ({small.wins_low:.1%} to {small.wins_high:.1%}). Mean"
     f" gold: {small.gold:.2f} before PPO, {rlhf.gold:.2f} after it at"
-    f" {nats:.1f} nats, {large.gold:.2f} of the large model, which is the"
-    f" better language model by {lead.mean:.3f} nats per token ({lead.low:.3f} to"
-    f" {lead.high:.3f}): {large.above_floor:.3f} above the language's entropy"
-    f" against {small.above_floor:.3f}, and {rlhf.above_floor:.3f} after PPO."
+    f" {nats:.1f} nats, {large.gold:.2f} of the large model, whose held-out"
+    f" loss is lower than the small one's by {lead.mean:.3f} nats per token"
+    f" ({lead.low:.3f} to {lead.high:.3f}): {large.above_floor:.3f} above the"
+    f" language's entropy against {small.above_floor:.3f}, and"
+    f" {rlhf.above_floor:.3f} after PPO."
   )

@@ -35,10 +35,10 @@ def _wins(axis: matplotlib_axes.Axes, measured, judged) -> None:
   for place, (row, colour, marker) in enumerate(zip(small, _COLOURS, _MARKERS)):
     seeds = [x.wins for x in measured if x.model == row.model]
     axis.plot(
-      seeds, [place + 0.18] * len(seeds), marker, color=colour, alpha=0.4
+      seeds, [place + 0.2] * len(seeds), marker, color=colour, alpha=0.4
     )
     axis.plot([row.wins_low, row.wins_high], [place] * 2, color=colour, lw=2)
-    axis.plot(row.wins, place, marker, color=colour, markersize=10)
+    axis.plot(row.wins, place, marker, color=colour, markersize=6)
   axis.axvline(0.5, color="0.4", linestyle="--", linewidth=1)
   axis.set_xlim(0, 1)
   axis.set_ylim(len(small) - 0.4, -0.6)
@@ -47,7 +47,8 @@ def _wins(axis: matplotlib_axes.Axes, measured, judged) -> None:
     [f"{row.model}\n{row.parameters:,} parameters" for row in small],
   )
   axis.set_title(
-    f"Preferred to the raw model of {judged[-1].parameters:,}?", fontsize=10
+    f"Preferred to the raw model of {judged[-1].parameters:,} parameters?",
+    fontsize=10,
   )
   axis.set_xlabel(
     "share of held-out prompts won, by gold\n"
@@ -70,13 +71,13 @@ def _losses(axis: matplotlib_axes.Axes, measured, judged) -> None:
     axis.annotate(
       row.model,
       (row.above_floor, row.gold),
-      (0, 12),
+      (0, 14),
       textcoords="offset points",
       ha="center",
       color=colour,
     )
-  axis.set_xlim(left=0)
-  axis.margins(0.12)
+  axis.set_xscale("log")
+  axis.margins(0.15)
   axis.set_title("The better language model is not preferred", fontsize=10)
   axis.set_xlabel("held-out loss above the language's entropy, nats per token")
   axis.set_ylabel("mean gold reward of responses")

@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta, logprobs, masking
-from rlhf_jax.steps import evaluate, ppo, rewards, rollout
+from rlhf_jax.steps import anchor, evaluate, ppo, rewards, rollout
 
 B, P, R, V = 8, 4, 6, 13
 MODEL = transformer.TransformerConfig(
@@ -63,17 +63,22 @@ def tokens_sum(sequences):
   return jnp.where(mask, sequences.response_tokens, 0).sum(1) * 1.0
 
 
-def run(policy, reference, key=KEY, *, gold=tokens_sum, narrow=False):
+def run(
+  policy, reference, key=KEY, *, gold=tokens_sum, narrow=False, prefix=None
+):
   config = evaluate.EvaluateConfig(
     model=MODEL,
     reference=NARROW if narrow else MODEL,
     rollout=ROLLOUT,
+    prefix=prefix,
     logits_per_chunk=4 * B * V,  # A column at a time.
   )
   compiled = jax.jit(
     evaluate.make(config, score=rewards.from_model(MODEL), gold=gold)
   )
   prompts = make_prompts()
+  if prefix is not None:  # Which every prompt must have.
+    prompts = dataclasses.replace(prompts, lengths=jnp.full(B, P))
   return jax.device_get(
     compiled(policy, reference, make_reward_model(3), prompts, key)
   )
@@ -168,3 +173,34 @@ def test_no_gold(evaluation):
   found = run(make_policy(1), make_policy(2), gold=None)
   assert found.gold is None
   np.testing.assert_array_equal(found.score, evaluation.score)
+
+
+def test_the_monitor_sees_what_a_prefix_hides():
+  """Policy and reference are one; only one of them reads the prefix."""
+  prefix = anchor.Prefix(size=2, begin=1)
+  policy = make_policy(1)
+  found = run(policy, policy, prefix=prefix)
+  assert (found.reverse_exact == 0).all()
+  assert (found.anchored > 1e-4).all() and found.anchored.mean() > 0.1
+  sequences = jax.tree.map(jnp.asarray, found.rollout.sequences)
+  clean = anchor.without_prefix(sequences, prefix)
+  score = rewards.from_model(MODEL)(make_reward_model(3), clean, 0)
+  np.testing.assert_allclose(found.score, score, rtol=1e-4, atol=1e-5)
+  assert found.anchored == by_hand(policy, sequences, clean)
+
+
+def by_hand(policy, sequences, clean):
+  """Σ_t KL(π(·|prefix, x, y_<t)‖π(·|x, y_<t)), from both models' logits."""
+
+  def logits(sequences):
+    hidden = rollout.teacher_forced(
+      policy["transformer"], sequences, model=MODEL
+    )
+    states = masking.response_states(hidden, R)
+    head = transformer.head(policy["transformer"])
+    return jax.nn.log_softmax(states @ head.T / ROLLOUT.temperature)
+
+  log_p, log_q = np.float64(logits(sequences)), np.float64(logits(clean))
+  nats = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+  mask = np.asarray(masking.response_mask(sequences.response_lengths, R))
+  return pytest.approx((nats * mask).sum(1), rel=1e-4)

@@ -299,9 +299,9 @@ def test_members_have_their_own_texts(other):
 
 
 def test_many_devices_are_one(other):
-  """2 × 2 × 2 devices give what one gives, and go on with what they gave."""
+  """2 × 2 devices give what one gives, and go on with what they gave."""
   config = mixed("forward_kl")
-  mesh = sharding.make_mesh(2, 2, 2)
+  mesh = sharding.make_mesh(2, 2, 1)
   with jax.set_mesh(mesh):
     shardings = sharding.shardings(start(), mesh)
     state = jax.device_put(start(), shardings)

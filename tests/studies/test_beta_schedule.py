@@ -93,6 +93,7 @@ def test_an_arm_that_one_seed_cannot_compare():
   curves = [(np.array([0.0, 4.0]), np.array([0.0, 0.0]))] * 2
   arm = beta_schedule.of_arm("dual", runs([5, 5], [1, 4.5]), curves)
   assert arm.compared == 1 and math.isnan(arm.ahead)
+  assert (arm.low, arm.high) == (-math.inf, math.inf)
   assert beta_schedule.verdict([arm]) == study.DOES_NOT_HOLD
 
 

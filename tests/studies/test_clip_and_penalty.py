@@ -149,9 +149,12 @@ def test_clip_ranges_are_judged_one_by_one():
 
 
 def test_seeds_that_disagree_prove_nothing():
-  arms = planted()
-  arms[0.2, ON] = arms[0.2, ON]._replace(step=np.array([0.1, 0.1, 0.1, 5.0]))
-  assert judge(arms) == study.DOES_NOT_HOLD
+  for figure, odd in (("step", 5.0), ("gold", -2.0)):
+    arms = planted()
+    both = arms[0.2, ON]._asdict()[figure].copy()
+    both[-1] = odd
+    arms[0.2, ON] = arms[0.2, ON]._replace(**{figure: both})
+    assert judge(arms) == study.DOES_NOT_HOLD
 
 
 # The study.

@@ -290,8 +290,8 @@ def test_a_study_that_has_ended_is_not_done_again(workdir):
       "config.training.kl.beta: 0.1; wanted 0.05: the study sets it itself",
     ),
     (
-      "lengths=(4,8,513)",
-      "config.training.rollout.response_length: 513; wanted at most the model's",
+      "lengths=(4,513)",
+      "config.training.rollout.response_length: 513; wanted at most the",
     ),
   ],
 )

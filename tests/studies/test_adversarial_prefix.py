@@ -1,0 +1,262 @@
+"""The study of prefixes: its rule on planted arms, and a reduced run.
+
+Mutants that were tried and fail here:
+"""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.studies import adversarial_prefix as config_file
+from rlhf_jax import errors
+from rlhf_jax.host import ppo_stage, pretrained, readers
+from rlhf_jax.models import transformer
+from rlhf_jax.studies import adversarial_prefix as adversarial
+from rlhf_jax.studies import adversarial_prefix_measures as measures
+from rlhf_jax.studies import adversarial_prefix_rule as rule
+from rlhf_jax.studies import study, toy_runs
+
+# The least KL of a harm.
+
+
+def test_the_least_kl_by_hand():
+  """Of a word or none it is the KL of two coins."""
+  harms = np.array([0.0] * 9 + [1.0])
+  wanted = 0.3 * math.log(0.3 / 0.1) + 0.7 * math.log(0.7 / 0.9)
+  assert rule.least_kl(harms, 0.3) == pytest.approx(wanted, abs=1e-5)
+  assert rule.least_kl(harms, 0.1) == 0
+  assert rule.least_kl(harms, 0.05) == 0
+
+
+def test_no_policy_is_nearer_than_the_least_kl():
+  rng = np.random.default_rng(0)
+  harms, p = np.arange(6.0), np.array([70, 15, 8, 4, 2, 1]) / 100
+  answers = np.repeat(harms, (p * 100).astype(int))
+  for q in rng.dirichlet(np.ones(6), 200):
+    kl = float((q * np.log(q / p)).sum())
+    assert rule.least_kl(answers, float(q @ harms)) <= kl + 1e-9
+
+
+# The rule.
+
+
+def arm(harm, shifted, anchored, least):
+  noise = np.array([-0.02, 0.01, 0.0, 0.01, 0.0])
+  values = (harm, shifted, anchored, least)
+  return rule.Arm(*(x + np.roll(noise, i) for i, x in enumerate(values)))
+
+
+def trained(found, without=(1.0, 0.5, 0.5, 0.4), charged=(1.1, 2.0, 0.6, 0.5)):
+  return rule.finding(arm(*found), arm(*without), arm(*charged), factor=1.5)
+
+
+def untrained(found, without=(0.1, 0.0, 0.0, 0.0)):
+  return rule.finding(arm(*found), arm(*without), None, factor=1.5)
+
+
+def test_a_finding_by_hand():
+  found = trained((3.0, 1.0, 4.0, 2.5))
+  means = [part.mean for part in found if part]
+  assert means == pytest.approx([2.0, 1.5, 2.5, 1.9])
+  assert rule.holds(found)
+  assert untrained((3.0, 0.0, 4.0, 2.5)).prevented is None
+
+
+@pytest.mark.parametrize(
+  "found",
+  [
+    trained((1.0, 1.0, 4.0, 2.5)),  # No more harm than without a prefix.
+    trained((3.0, 2.5, 4.0, 2.5)),  # Nothing is hidden.
+    trained((3.0, 1.0, 1.5, 2.5)),  # Nothing is exposed.
+    trained((3.0, 1.0, 4.0, 2.5), charged=(3.0, 2.0, 0.6, 2.5)),
+    trained((3.0, 4.0, 1.0, 2.5)),  # Reversed: the shifted KL is the larger.
+    trained((3.0, 1.0, 4.0, 2.5), charged=(4.0, 2.0, 0.6, 0.5)),  # Reversed.
+    untrained((0.1, 0.0, 4.0, 2.5)),
+    untrained((0.05, 0.0, 4.0, 0.0)),  # Reversed: it is less harmful.
+    untrained((3.0, 0.0, 0.0, 2.5)),
+  ],
+)
+def test_all_parts_are_needed(found):
+  assert not rule.holds(found)
+  assert rule.verdict({"a": found}) == study.DOES_NOT_HOLD
+
+
+def test_the_verdict():
+  good, bad = trained((3.0, 1.0, 4.0, 2.5)), trained((3.0, 4.0, 1.0, 2.5))
+  verdict = lambda a, b: rule.verdict({"untrained": a, "trained": b})
+  assert verdict(good, good) == "holds"
+  assert verdict(good, bad) == "holds when the policy is untrained"
+  assert verdict(bad, bad) == "does not hold here"
+
+
+# What is measured.
+
+
+@pytest.fixture(scope="module")
+def config():
+  return config_file.get_config("reduced")
+
+
+def two_models(config):
+  """A random reference, and a policy that is another."""
+  return [
+    pretrained.load_policy(toy_runs.varied(config.training, {"seed": seed}))
+    for seed in (0, 1)
+  ]
+
+
+def test_the_reference_is_at_no_kl_to_itself(config):
+  reference, _ = two_models(config)
+  prefix = toy_runs.varied(
+    config.training, {"rollout.prefix": "hated awful", "seed": 5}
+  )
+  found = measures.measure(prefix, reference, reference, prompts=20)
+  assert not found.shifted.any() and found.anchored.min() > 0
+  assert len(found.harm) == 20
+  plain = measures.measure(config.training, reference, reference, prompts=20)
+  assert not plain.shifted.any() and not plain.anchored.any()
+
+
+def test_both_kls_by_hand(config):
+  """Token by token, each model reading what it is said to read."""
+  reference, policy = two_models(config)
+  prefix = toy_runs.varied(config.training, {"rollout.prefix": "hated awful"})
+  found = measures.measure(prefix, policy, reference, prompts=4)
+  prompt, answer = (
+    [policy.tokenizer.convert_tokens_to_ids(w) for w in part.split()]
+    for part in found.text.split("|")
+  )
+  size = config.training.rollout.response_length
+  assert len(answer) <= size and prompt[0] == 1
+
+  def log_softmax(model, read):
+    hidden, _ = transformer.apply(
+      model.params["transformer"],
+      jnp.array([read + answer]),
+      config=model.model,
+      positions=jnp.arange(len(read + answer))[None],
+      mask=jnp.tril(jnp.ones((1, *[len(read + answer)] * 2), bool)),
+    )
+    head = transformer.head(model.params["transformer"])
+    logits = hidden[0, len(read) - 1 : -1] @ head.T
+    return jax.nn.log_softmax(logits)
+
+  shifted = (
+    prompt[:1]
+    + policy.tokenizer.convert_tokens_to_ids(["hated", "awful"])
+    + prompt[1:]
+  )
+  p = log_softmax(policy, shifted)
+  for read, kl in ((shifted, found.shifted), (prompt, found.anchored)):
+    q = log_softmax(reference, read)
+    assert kl[0] == pytest.approx(float((jnp.exp(p) * (p - q)).sum()), rel=1e-4)
+
+
+# The study.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, config):
+  path = tmp_path_factory.mktemp("adversarial_prefix") / "run"
+  study.run(config, str(path), resume=False)
+  return path
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def test_what_it_leaves_behind(workdir, config):
+  tables = read(workdir / "study.json")["tables"]
+  assert list(tables) == ["search", "arms", "findings", "seeds", "samples"]
+  assert (workdir / "figure.png").stat().st_size > 10_000
+  arms = [
+    *(adversarial.NONE, adversarial.RANDOM, adversarial.FOUND),
+    *adversarial.TUNED.values(),
+  ]
+  assert [row[0] for row in tables["arms"]["rows"]] == arms
+  assert [row[0] for row in tables["samples"]["rows"]] == arms
+  rows = {(arm, seed): of for arm, seed, *of in tables["seeds"]["rows"]}
+  assert list(rows) == [(arm, seed) for arm in arms for seed in (0, 1)]
+  for (arm, _), (harm, shifted, anchored, least) in rows.items():
+    assert harm >= 0 and least >= 0
+    assert (shifted == 0) == (arm in arms[:3])
+    assert (anchored == shifted) == (arm in (arms[0], arms[3]))
+  assert [row[0] for row in tables["search"]["rows"]] == [1, 2]
+  assert len(readers.read_texts(workdir / "texts.jsonl")[0]) == 64
+
+
+def test_the_three_runs(workdir):
+  """One prefix, that of the search; one reward; who is charged what."""
+  search = read(workdir / "study.json")["tables"]["search"]["rows"]
+  found = max(search, key=lambda row: row[3])[1]
+  configs, first = {}, {}
+  for name in ("clean", "shifted", "anchored"):
+    path = workdir / name / "beta=1.5,seed=1"
+    configs[name] = read(path / "config.json")
+    line = (path / "metrics.jsonl").read_text().splitlines()[0]
+    first[name] = json.loads(line)
+  of = {
+    name: (c["rollout"].pop("prefix"), c["kl"].pop("anchored"))
+    for name, c in configs.items()
+  }
+  assert of == {
+    "clean": ("", False),
+    "shifted": (found, False),
+    "anchored": (found, True),
+  }
+  assert configs["clean"] == configs["shifted"] == configs["anchored"]
+  assert configs["clean"]["reward"]["kind"] == "function"
+  # At step 0 the policy is the reference: only the clean prompt tells.
+  assert first["shifted"]["kl/reverse_exact"] == 0
+  assert first["shifted"]["kl/anchored"] > 0
+  assert first["shifted"]["kl/penalty"] == 0 < first["anchored"]["kl/penalty"]
+
+
+def test_resume_does_no_run_again(workdir, config, monkeypatch):
+  monkeypatch.setattr(ppo_stage, "train", None)
+  before = read(workdir / "study.json")
+  (workdir / "study.json").unlink()
+  study.run(config, str(workdir), resume=True)
+  after = read(workdir / "study.json")
+  assert before.pop("wall_s") != after.pop("wall_s") and before == after
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("harsh=0", "config.harsh: 0.0; wanted in (0, 1)"),
+    ("harsh=nan", "config.harsh: nan; wanted in (0, 1)"),
+    (
+      "longest=7",
+      "config.longest: 7; wanted 1 to 6, what training.rollout.prompt_length",
+    ),
+    ("beam=0", "config.beam: 0; wanted at least 1"),
+    ("search_prompts=0", "config.search_prompts: 0; wanted at least 1"),
+    ("randoms=0", "config.randoms: 0; wanted at least 1"),
+    ("seeds=1", "config.seeds: 1; wanted 2 to 20"),
+    ("factor=inf", "config.factor: inf; wanted finite and at least 1"),
+    (
+      "training.rollout.prefix=the",
+      "config.training.rollout.prefix: 'the'; wanted '': the study sets",
+    ),
+    (
+      "training.data.language=notes",
+      "config.training.data.language: 'notes'; wanted 'reviews'",
+    ),
+    (
+      "training.kl.beta=-1",
+      "config.training.kl.beta: -1.0; wanted finite and at least 0 (run clean",
+    ),
+  ],
+)
+def test_fields_that_make_no_sense(change, message):
+  """Bad inputs 4 and 7."""
+  with pytest.raises(errors.UserError) as caught:
+    adversarial.check(config_file.get_config(f"reduced,{change}"))
+  assert str(caught.value).startswith(message)
+  assert len(str(caught.value).splitlines()) == 1

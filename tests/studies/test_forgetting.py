@@ -1,0 +1,252 @@
+"""The study of forgetting: its rule on planted figures, and a reduced run.
+
+Mutants that were tried and fail here:
+"""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich import console as rich_console
+from scipy import stats
+
+from configs.studies import forgetting as config_file
+from rlhf_jax import errors
+from rlhf_jax.host import ppo_stage
+from rlhf_jax.studies import (
+  forgetting,
+  forgetting_measures,
+  held_out,
+  study,
+  toy_runs,
+)
+from rlhf_jax.studies import forgetting_rule as rule
+
+
+def planted(rises, gold=1.0, **figures):
+  """A run a seed."""
+  zeros = dict.fromkeys(rule.Figures._fields, 0.0) | figures
+  return [
+    rule.Figures(**(zeros | {"rise": rise, "gold": gold})) for rise in rises
+  ]
+
+
+# Figures.
+
+
+def test_the_best_beta_is_the_one_of_the_highest_gold():
+  runs = {
+    0.1: planted([0.0, 0.0], gold=1.0),
+    0.2: planted([0.9, 0.9], gold=2.0),
+    0.3: planted([0.0, 0.0], gold=1.5),
+  }
+  assert rule.best_beta(runs) == 0.2
+
+
+def test_a_finding_by_hand():
+  found = rule.finding(
+    planted([5.0, 6.0, 7.0]),
+    {0.1: planted([1.0, 2.0, 3.0], gold=2.0), 0.2: planted([9.0, 9.0, 9.0])},
+    {"nll": planted([0.0, 1.5, 1.5])},
+  )
+  assert found.best == 0.1
+  assert found.prevented == pytest.approx((4.0, 4.0, 4.0))  # Seed by seed.
+  # sd 1 of three: t of 2 degrees of freedom is 4.303.
+  half = 4.302653 / 3**0.5
+  assert found.left == pytest.approx((2.0, 2.0 - half, 2.0 + half), rel=1e-6)
+  # Differences 1, 0.5, 1.5: sd 0.5.
+  wanted = (1.0, 1.0 - half / 2, 1.0 + half / 2)
+  assert found.further["nll"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_several_mixes_are_right_at_once():
+  runs = planted([1.0, 2.0, 3.0])
+  mixes = {"nll": planted([0.0, 0.0, 0.0]), "forward_kl": planted([0.0] * 3)}
+  found = rule.finding(runs, {0.1: runs}, mixes)
+  quantile = stats.t.ppf(1 - 0.05 / 4, 2)
+  assert found.further["nll"].low == pytest.approx(2 - quantile / 3**0.5)
+
+
+def test_rank_correlations():
+  rng = np.random.default_rng(0)
+  x, y = rng.integers(0, 5, (2, 3, 8)).astype(float)  # With ties.
+  wanted = [stats.spearmanr(a, b).statistic for a, b in zip(x, y)]
+  np.testing.assert_allclose(rule.spearman(x, y), wanted)
+  by_hand = rule.spearman(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 9, 5]]))
+  np.testing.assert_allclose(by_hand, [0.5])  # 1 − 6·2 / (3·8).
+  assert np.isnan(rule.spearman(np.ones((1, 3)), x[:1, :3])).all()
+
+
+def test_a_planted_predictor_is_found():
+  rng = np.random.default_rng(1)
+  rises = rng.random(24)
+  runs = [
+    rule.Figures(0.0, 0.0, rise, noise, rise**3, -rise, noise)
+    for rise, noise in zip(rises, rng.random(24))
+  ]
+  found = {p.figure: p for p in rule.predictors(runs, resamples=400, seed=0)}
+  assert found["forward KL, on-task"][1:] == pytest.approx((1, 1, 1))
+  assert found["reverse KL, off-task"][1:] == pytest.approx((-1, -1, -1))
+  noise = found["reverse KL, on-task"]
+  assert noise.low < 0 < noise.high and noise.low < noise.spearman < noise.high
+  assert noise[1:] == found["forward KL, off-task"][1:]
+  difference = found[rule.DIFFERENCE]
+  assert difference.spearman == pytest.approx(1 - noise.spearman)
+  assert difference.low > 0
+
+
+# The verdict.
+
+
+@pytest.mark.parametrize(
+  ("none", "penalty", "mixes", "verdict"),
+  [
+    (0.5, 0.2, (0.05, 0.1), "holds"),
+    (
+      *(0.5, 0.2, (0.05, 0.2)),
+      "holds when the texts are held by their likelihood",
+    ),
+    (
+      *(0.5, 0.2, (0.3, 0.4)),
+      "holds when texts in the loss need not prevent more",
+    ),
+    (0.2, 0.5, (0.05, 0.1), "does not hold here"),  # Reversed: it forgets more.
+    (0.5, 0.5, (0.05, 0.1), "does not hold here"),  # It prevents nothing.
+    (0.5, 0.0, (0.05, 0.1), "does not hold here"),  # It prevents all.
+    (0.5, -0.1, (-0.2, -0.2), "does not hold here"),  # And more than all.
+  ],
+)
+def test_the_rule(none, penalty, mixes, verdict):
+  noise = np.array([-0.02, 0.01, 0.0, 0.01])
+  runs = lambda rise, turn: planted(rise + np.roll(noise, turn))
+  found = rule.finding(
+    runs(none, 0),
+    {0.1: runs(penalty, 1)},
+    {"nll": runs(mixes[0], 2), "reverse_kl": runs(mixes[1], 3)},
+  )
+  assert rule.verdict(found, forgetting.KINDS) == verdict
+
+
+# The study.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("forgetting") / "run"
+  study.run(config_file.get_config("reduced"), str(path), resume=False)
+  return path
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def figures(workdir):
+  """(arm, seed) → its figures."""
+  table = read(workdir / "study.json")["tables"]["runs"]
+  return {(arm, seed): rule.Figures(*of) for arm, seed, *of in table["rows"]}
+
+
+def test_what_it_leaves_behind(workdir):
+  tables = read(workdir / "study.json")["tables"]
+  assert list(tables) == ["arms", "kls", "predictors", "runs"]
+  assert (workdir / "figure.png").stat().st_size > 10_000
+  arms = ["SFT policy", "no penalty", "β = 0.1", "+ texts: their likelihood"]
+  assert [row[0] for row in tables["arms"]["rows"]] == arms
+  of = figures(workdir)
+  assert list(of) == [(arm, seed) for arm in arms for seed in (0, 1)]
+  for seed in (0, 1):
+    assert of["SFT policy", seed][2:] == (0, 0, 0, 0, 0)  # It is the reference.
+    assert min(of["no penalty", seed][3:]) > 0
+  assert of["no penalty", 0] != of["no penalty", 1] != of["β = 0.1", 1]
+
+
+def test_a_policy_is_asked_on_and_off_its_task(workdir):
+  config = config_file.get_config("reduced")
+  begun = toy_runs.Start(workdir / "sft", workdir / "reward_model", 0.0)
+  path = workdir / "penalty/beta=0,seed=1"
+  found = figures(workdir)["no penalty", 1]
+  by_opening = {}
+  for opening in ("person", "determiner", "pronoun"):
+    training = toy_runs.varied(config.training, {"data.opening": opening})
+    (of,) = held_out.measure(training, begun, [(path, 1)], prompts=16)
+    by_opening[opening] = of.gold.mean(), of.kl.mean()
+  gold, kl = by_opening.pop("person")
+  assert (found.gold, found.reverse) == pytest.approx((gold, kl), rel=1e-5)
+  off = np.mean([*by_opening.values()], axis=0)
+  assert (found.off_gold, found.off_reverse) == pytest.approx(off, rel=1e-5)
+
+
+def test_who_writes_is_who_the_forward_kl_is_of(workdir):
+  """With policy and reference exchanged, so are the KLs, and the rise turns."""
+  config = config_file.get_config("reduced")
+  path = workdir / "penalty/beta=0,seed=1"
+  exchanged = toy_runs.Start(path, workdir / "reward_model", 0.0)
+  (other,) = forgetting_measures.measure(
+    config.training,
+    exchanged,
+    [(workdir / "sft", 1)],
+    rich_console.Console(file=io.StringIO()),
+    off=config.off,
+    prompts=config.prompts,
+  )
+  found = figures(workdir)["no penalty", 1]
+  assert other[3:] == pytest.approx(
+    (found.forward, found.reverse, found.off_forward, found.off_reverse)
+  )
+  assert other.rise == pytest.approx(-found.rise, abs=1e-6)
+
+
+def test_ppo_sees_its_task_alone_and_the_mix_sees_all(workdir):
+  for sweep, kind in (("penalty/beta=0.1", "none"), ("nll/beta=0.1", "nll")):
+    path = workdir / f"{sweep},seed=0"
+    lines = (path / "samples.jsonl").read_text().splitlines()
+    opens = {json.loads(line)["prompt"].split()[1] for line in lines}
+    assert opens <= {"i", "we", "they", "everyone"}
+    config = read(path / "config.json")
+    assert config["mix"]["kind"] == kind and config["mix"]["opening"] == ""
+
+
+def test_resume_does_no_run_again(workdir, monkeypatch):
+  monkeypatch.setattr(ppo_stage, "train", None)
+  before = read(workdir / "study.json")
+  (workdir / "study.json").unlink()
+  study.run(config_file.get_config("reduced"), str(workdir), resume=True)
+  after = read(workdir / "study.json")
+  assert before.pop("wall_s") != after.pop("wall_s") and before == after
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("betas=(0.1,0.2)", "config.betas: (0.1, 0.2); wanted 0 and then rising"),
+    ("betas=(0,)", "config.betas: (0,); wanted 0 and then rising numbers"),
+    ("mixes=()", "config.mixes: (); wanted different ones of nll, forward_kl"),
+    ("mixes=('nll','nll')", "config.mixes: ('nll', 'nll'); wanted different"),
+    ("mixes=('kl',)", "config.mixes: ('kl',); wanted different ones of nll"),
+    ("seeds=1", "config.seeds: 1; wanted 2 to 20"),
+    (
+      "off=('person',)",
+      "config.off: ('person',); wanted different ones of determiner, pronoun",
+    ),
+    ("prompts=1", "config.prompts: 1; wanted at least 2"),
+    ("resamples=1", "config.resamples: 1; wanted at least 10"),
+    (
+      "training.data.opening=verb",
+      "config.training.data.opening: 'verb'; wanted one of determiner, pronoun",
+    ),
+    ("training.mix.kind=nll", "config.training.mix.kind: 'nll'; wanted 'none'"),
+    (
+      "training.mix.coefficient=-1",
+      "config.training.mix.coefficient: -1.0; wanted",
+    ),
+    ("training.seed=1", "config.training.seed: 1; wanted 0: the study sets"),
+  ],
+)
+def test_fields_that_make_no_sense(change, message):
+  """Bad inputs 4 and 7."""
+  with pytest.raises(errors.UserError) as caught:
+    forgetting.check(config_file.get_config(f"reduced,{change}"))
+  assert str(caught.value).startswith(message)
+  assert len(str(caught.value).splitlines()) == 1

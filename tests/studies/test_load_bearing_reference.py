@@ -1,0 +1,242 @@
+"""The study of what a reference does: its rule, DPO's members, a reduced run.
+
+MUTANTS
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.studies import load_bearing_reference as config_file
+from rlhf_jax import errors
+from rlhf_jax.host import pretrained, settings
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.objective import preference_loss
+from rlhf_jax.steps import dpo
+from rlhf_jax.studies import load_bearing_dpo, study, toy_runs
+from rlhf_jax.studies import load_bearing_reference as study_lib
+
+SFT, BASE, NONE = study_lib.SFT, study_lib.BASE, study_lib.NONE
+DPO, PPO = study_lib.DPO, study_lib.PPO
+SEEDS = np.array([-0.03, 0.01, 0.0, 0.02])
+
+
+def arm(gold, kl):
+  """Four seeds."""
+  draw = np.random.default_rng(int(100 * kl))
+  noise = lambda: SEEDS + 0.01 * draw.normal(size=4)
+  zero = np.zeros(4)
+  return study_lib.Arm(gold + noise(), kl + noise(), zero, zero)
+
+
+def compare(first, second):
+  arms = {(PPO, SFT): first, (PPO, NONE): second}
+  return study_lib.compare(arms, PPO, NONE)
+
+
+# The verdict.
+
+
+@pytest.mark.parametrize(
+  ("first", "second", "better"),
+  [
+    ((1.0, 4.0), (-2.0, 50.0), True),  # More gold, and nearer.
+    ((1.0, 9.0), (0.5, 4.0), True),  # More gold.
+    ((1.0, 4.0), (1.0, 9.0), True),  # As much gold, nearer.
+    ((0.5, 4.0), (1.0, 9.0), False),  # Nearer, with less gold.
+    ((1.0, 4.01), (1.0, 4.0), False),  # Nothing to tell them apart.
+    ((-2.0, 50.0), (1.0, 4.0), False),  # The reverse.
+  ],
+)
+def test_when_sft_is_better(first, second, better):
+  assert compare(arm(*first), arm(*second)).sft_is_better == better
+
+
+def test_pairs_by_hand():
+  first = study_lib.Arm(
+    np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 6.0]), *2 * [np.zeros(3)]
+  )
+  second = study_lib.Arm(
+    np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 4.0]), *2 * [np.zeros(3)]
+  )
+  row = compare(first, second)
+  half = 4.302653 / 3**0.5  # Student's t of 2 degrees of freedom
+  assert row.gold == pytest.approx(3)  # Of 1, 3, 5: deviation 2.
+  assert row.gold_low == pytest.approx(3 - 2 * half)
+  assert row.kl == pytest.approx(1)  # Of 0, 1, 2: deviation 1.
+  assert row.kl_high == pytest.approx(1 + half)
+
+
+def verdict(arms):
+  return study_lib.verdict(
+    [
+      study_lib.compare(arms, method, other)
+      for method in (DPO, PPO)
+      for other in (BASE, NONE)
+    ]
+  )
+
+
+def planted(sft, other):
+  return {
+    (method, reference): arm(*(sft if reference == SFT else other))
+    for method in (DPO, PPO)
+    for reference in (SFT, BASE, NONE)
+  }
+
+
+def test_the_rule():
+  held, astray = (1.0, 4.0), (-2.0, 50.0)
+  assert verdict(planted(held, astray)) == study.HOLDS
+  some = planted(held, astray) | {(DPO, NONE): arm(1.5, 3.0)}
+  assert verdict(some) == (
+    "holds when the other reference is base in DPO or base in PPO or none in"
+    " PPO"
+  )
+
+
+def test_a_planted_reversal():
+  assert verdict(planted((-2.0, 50.0), (1.0, 4.0))) == study.DOES_NOT_HOLD
+
+
+# The config.
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      "base_steps=4",
+      "config.base_steps: 4; wanted 1 to below training.pipeline.sft.train.s",
+    ),
+    ("base_steps=0", "config.base_steps: 0; wanted 1 to below"),
+    ("seeds=1", "config.seeds: 1; wanted 2 to 20"),
+    ("prompts=1", "config.prompts: 1; wanted at least 2"),
+    ("dpo_steps=0", "config.dpo_steps: 0; wanted at least 1"),
+    ("dpo_learning_rate=0.", "config.dpo_learning_rate: 0.0; wanted above 0"),
+    ("training.kl.beta=0.", "config.training.kl.beta: 0.0; wanted above 0"),
+    (
+      "training.reference.path=x",
+      "config.training.reference.path: 'x'; wanted '': the study sets it",
+    ),
+    (
+      "training.kl.controller=dual",
+      "config.training.kl.controller: 'dual'; wanted 'fixed': the study sets",
+    ),
+  ],
+)
+def test_fields_that_make_no_sense(change, message):
+  """Bad inputs 4, 5 and 7."""
+  with pytest.raises(errors.UserError) as caught:
+    study_lib.check(config_file.get_config(f"reduced,{change}"))
+  assert str(caught.value).startswith(message)
+  assert len(str(caught.value).splitlines()) == 1
+
+
+# The study.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("load_bearing_reference") / "run"
+  study.run(config_file.get_config("reduced"), str(path), resume=False)
+  return path
+
+
+def rows_of(path, name):
+  record = json.loads((path / "study.json").read_text())
+  return record["tables"][name]["rows"]
+
+
+def test_what_it_leaves_behind(workdir):
+  assert (workdir / "figure.png").stat().st_size > 10_000
+  names = [
+    ("start", SFT),
+    ("start", BASE),
+    *((method, r) for method in (DPO, PPO) for r in (SFT, BASE, NONE)),
+  ]
+  arms = {tuple(row[:2]): row[2:] for row in rows_of(workdir, "arms")}
+  assert sorted(arms) == sorted(names)
+  assert arms["start", SFT][3:6] == [0.0, 0.0, 0.0]  # KL to itself.
+  assert arms["start", BASE][3] > 0
+  assert len(rows_of(workdir, "seeds")) == 2 * len(names)
+  assert [row[:2] for row in rows_of(workdir, "comparisons")] == [
+    [method, other] for method in (DPO, PPO) for other in (BASE, NONE)
+  ]
+
+
+def test_what_ppo_is_held_to(workdir):
+  """Its own metrics: 0 nats to itself at first, and more to the base."""
+  first = {}
+  for name in ("SFT/beta=0.1,seed=0", "SFT/beta=0,seed=0", "base/seed=0"):
+    path = workdir / f"ppo-{name}"
+    if not path.exists():  # A sweep of one β is named by its seeds.
+      (path,) = (workdir / "ppo-base").glob("*seed=0")
+    first[name] = workdir_lib.read_metrics(path)[0]
+  held, none, base = first.values()
+  assert held["kl/reverse_exact"] == none["kl/reverse_exact"] == 0
+  assert base["kl/reverse_exact"] > 0
+  assert (held["kl/beta"], none["kl/beta"]) == (pytest.approx(0.1), 0)
+  assert base["kl/beta"] == pytest.approx(0.1)
+  # The same responses, to the same prompts.
+  assert held["reward/score"] == base["reward/score"] == none["reward/score"]
+
+
+def test_dpo_members_are_those_that_one_would_train_alone(workdir):
+  """Two steps by hand, with what the definition subtracts."""
+  begun = toy_runs.Start(
+    workdir.absolute() / "sft", workdir.absolute() / "reward_model", 0.0
+  )
+  config = study_lib._dpo(config_file.get_config("reduced"), begun)
+  config = toy_runs.varied(config, {"seed": 1})
+  policy = pretrained.load_policy(config)
+  base = pretrained.load(str(workdir / "base"), config)
+  asked = dpo.DPOConfig(
+    policy.model, "dpo", logits_per_chunk=settings.logits_per_chunk(config)
+  )
+  references = {SFT: policy, BASE: base, NONE: None}
+  members = [(name, 1) for name in references]
+  rows = load_bearing_dpo._rows(config, policy, references, members, asked)
+  pairs = rows[SFT, 1].pairs
+  for name, reference in references.items():
+    held = rows[name, 1].reference
+    assert rows[name, 1].pairs is pairs
+    wanted = (jnp.zeros(len(held[0])),) * 2
+    if reference is not None:
+      wanted = dpo.pair_logprobs(reference.params, pairs, asked)
+    np.testing.assert_allclose(held, wanted, rtol=1e-5, atol=1e-5)
+  own = dpo.pair_logprobs(policy.params, pairs, asked)
+  state = jnp.float32(config.kl.beta)
+  figures = dpo.pair_figures(policy.params, rows[NONE, 1], state, asked)
+  plain = preference_loss.dpo_loss(*own, beta=config.kl.beta)
+  np.testing.assert_allclose(figures["dpo/loss"], plain, rtol=1e-5)
+  figures = dpo.pair_figures(policy.params, rows[SFT, 1], state, asked)
+  np.testing.assert_allclose(figures["dpo/loss"], np.log(2), rtol=1e-5)
+
+
+def test_dpo_members_differ(workdir):
+  """In their reference, and in their seed."""
+  trees = {}
+  for reference in (SFT, BASE, NONE):
+    for seed in (0, 1):
+      path = workdir / f"dpo/reference={reference},seed={seed}"
+      found = pretrained.load_workdir(path).params
+      flat = [np.ravel(x) for x in jax.tree.leaves(found)]
+      trees[reference, seed] = np.concatenate(flat)
+      summary = json.loads((path / "summary.json").read_text())
+      assert (summary["reference"], summary["seed"]) == (reference, seed)
+  every = list(trees.values())
+  for i, one in enumerate(every):
+    assert all(np.abs(one - other).max() > 1e-6 for other in every[:i])
+
+
+def test_resuming_trains_nothing_again(workdir, monkeypatch):
+  before = rows_of(workdir, "seeds")
+  (workdir / "study.json").unlink()
+  monkeypatch.setattr("rlhf_jax.host.stages.run_stage", None)
+  monkeypatch.setattr(load_bearing_dpo, "_train", None)
+  study.run(config_file.get_config("reduced"), str(workdir), resume=True)
+  assert rows_of(workdir, "seeds") == before
