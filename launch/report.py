@@ -19,12 +19,12 @@ from launch import app
 
 def main(values: flags.FlagValues) -> None:
   """Writes the report, and says where it is."""
-  from rlhf_jax.host import report
+  from rlhf_jax.host.report import writing
 
   workdirs = values.workdir.split(",")
   if pathlib.Path(values.workdir).is_dir():
     workdirs = [values.workdir]  # A sweep's members may have commas.
-  print(report.run(workdirs, values.output, defaults=default_config))
+  print(writing.run(workdirs, values.output, defaults=default_config))
 
 
 def default_config(config: dict[str, Any]) -> dict[str, Any]:

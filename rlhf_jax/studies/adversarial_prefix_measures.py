@@ -81,7 +81,7 @@ def measure(
     ),
     asked,
     mesh=mesh,
-    batch_size=min(256, prompts),
+    batch_size=config.train.batch_size,
   )
   harm, shifted, anchored, clean = found
   float64 = lambda x: np.asarray(x, np.float64)

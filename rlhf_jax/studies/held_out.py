@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pathlib
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -78,6 +79,6 @@ def _responses(
     score=float64(found.score),
     gold=float64(found.gold),
     kl=float64(found.reverse_exact),
-    faults=float64(language.ungrammatical_pairs(sequences)),
+    faults=float64(jax.jit(language.ungrammatical_pairs)(sequences)),
     nll=nll,
   )

@@ -31,7 +31,7 @@ from rlhf_jax.steps import rollout as rollout_lib
 from rlhf_jax.steps import sharding
 from rlhf_jax.studies import two_writers
 
-_ROWS = 1024  # of a batch
+_BATCHES = 16  # of training, in one of the search
 _STREAMS = 2**8  # Seeds of prompts that no arm of the study has.
 Ids = tuple[int, ...]
 
@@ -121,7 +121,7 @@ def _harm(
       ),
       array,
       mesh=mesh,
-      batch_size=_ROWS,
+      batch_size=_BATCHES * config.train.batch_size,
     )
     return counts.reshape(len(prefixes), prompts).mean(axis=1)
 

@@ -179,7 +179,11 @@ def _paragraph(
     f" {s.high:.0%})"
     for s in slopes
   )
-  paid = [of[end.sft_steps, slopes[0].beta].score for end in (worst, best)]
+  paid = "; ".join(
+    f"β = {s.beta:g}: {of[worst.sft_steps, s.beta].score:.2f} and"
+    f" {of[best.sft_steps, s.beta].score:.2f}"
+    for s in slopes
+  )
   rising = max(arms, key=lambda arm: arm.late)
   later = ", ".join(
     f"{s.projected:.0%} (at least {s.projected_low:.0%})" for s in slopes
@@ -197,6 +201,6 @@ def _paragraph(
     f" ({rising.late_low:+.2f} to {rising.late_high:+.2f}), gold still rises"
     f" from the reference of {rising.sft_steps} steps under"
     f" β = {rising.beta:g}. The reward model's score, which is what is paid,"
-    f" ends at {paid[0]:.2f} and {paid[1]:.2f} from the worst and the best"
-    f" under β = {slopes[0].beta:g}."
+    f" ends from the worst and the best at, {paid}: what it does not see is"
+    " left to the reference."
   )

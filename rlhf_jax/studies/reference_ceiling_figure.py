@@ -6,7 +6,7 @@ from matplotlib import figure as matplotlib_figure
 from rlhf_jax.studies import reference_ceiling_arms as arms_lib
 from rlhf_jax.studies import toy_runs
 
-_COLOURS = ("tab:orange", "tab:green", "tab:blue", "tab:purple")
+_COLOURS = ("tab:orange", "tab:purple", "tab:blue", "tab:gray")
 _MARKERS = ("o", "s", "^", "D")
 
 
@@ -45,7 +45,7 @@ def draw(
     "On the way: best reference (solid), worst (dashed)", fontsize=10
   )
   right.set_xlabel("step")
-  right.set_ylabel("gold reward, mean over seeds")
+  right.set_ylabel("gold reward, mean of 5 steps and all seeds")
   for axis in (left, right):
     axis.spines[["top", "right"]].set_visible(False)
   return figure

@@ -14,8 +14,8 @@ import pytest
 
 from configs import defaults
 from rlhf_jax import errors
-from rlhf_jax.host import report, report_curves, report_html
 from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.host.report import html, plots, writing
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
 TAGS = {"html", "head", "meta", "title", "style", "body", "section", "nav"}
@@ -58,7 +58,7 @@ def default_config(config):
 
 def read(path, *others, output=None):
   """The page of these workdirs."""
-  report.run([str(path), *map(str, others)], output, defaults=default_config)
+  writing.run([str(path), *map(str, others)], output, defaults=default_config)
   return Page((path / "report.html").read_text(encoding="utf-8"))
 
 
@@ -356,7 +356,7 @@ def test_a_sweep(tmp_path):
   assert "2 0.50 ± 0.25 –" in text and "2 3 (2.5 to 3.5)" in text
   png = base64.b64encode(PNG).decode()
   assert f"data:image/png;base64,{png}" in [i["src"] for i in page.all("img")]
-  colours = report_curves.colours([0.0, 0.1, 2.0, 10.0])
+  colours = plots.colours([0.0, 0.1, 2.0, 10.0])
   assert len(set(colours)) == 4
   for colour in colours:
     assert f"stroke: {colour}" in svgs(page)["reward/score"].decode()
@@ -500,14 +500,14 @@ def test_output_and_several_workdirs(tmp_path):
   """One given twice is one; the file is where it was asked for."""
   a, b = make(tmp_path / "a"), make(tmp_path / "b")
   output = tmp_path / "both.html"
-  said = report.run(
+  said = writing.run(
     [str(a), str(b), str(a)], str(output), defaults=default_config
   )
   assert said == f"{output}: 2 runs; open it in a browser"
   assert len(Page(output.read_text()).all("h2")) == 2
   assert not (a / "report.html").exists()
   with pytest.raises(errors.UserError, match="cannot be written"):
-    report.run(
+    writing.run(
       [str(a)], str(tmp_path / "no" / "x.html"), defaults=default_config
     )
 
@@ -544,10 +544,10 @@ def test_bands_are_95_percent():
   banded = [{"step": i, "x": 0.0, "x_se": 1.0} for i in range(2)]
   line = [{"step": i, "x": 1.96 * (2 * i - 1)} for i in range(2)]
   curves = [
-    report_curves.Curve(banded, "#111111"),
-    report_curves.Curve(line, "#222222"),
+    plots.Curve(banded, "#111111"),
+    plots.Curve(line, "#222222"),
   ]
-  svg = report_curves.draw("x", curves)
+  svg = plots.draw("x", curves)
   band = re.findall(r'Fill.*?<path id="\w+" d="([^"]*)"', svg.decode(), re.S)[0]
   (drawn,) = lines(svg, "#222222")
   assert height(points(band)) == pytest.approx(height(drawn), abs=0.01)
@@ -558,9 +558,9 @@ def test_beta_has_a_logarithmic_axis():
   """0.01, 0.1 and 1 are as far apart; 0 is not on it."""
   flat = lambda beta: [{"step": i, "kl/beta": beta} for i in range(2)]
   curves = [
-    report_curves.Curve(flat(beta), "#123456") for beta in (0.0, 0.01, 0.1, 1.0)
+    plots.Curve(flat(beta), "#123456") for beta in (0.0, 0.01, 0.1, 1.0)
   ]
-  drawn = lines(report_curves.draw("kl/beta", curves), "#123456")
+  drawn = lines(plots.draw("kl/beta", curves), "#123456")
   low, middle, high = (path[0][1] for path in drawn if path)
   assert low - middle == pytest.approx(middle - high, abs=0.01)
   assert middle - high > 20
@@ -568,9 +568,9 @@ def test_beta_has_a_logarithmic_axis():
 
 def test_long_runs_make_small_pictures():
   noisy = [{"step": i, "x": math.sin(i), "x_se": 1.0} for i in range(20_000)]
-  svg = report_curves.draw("x", [report_curves.Curve(noisy, "#123456")])
+  svg = plots.draw("x", [plots.Curve(noisy, "#123456")])
   assert len(svg) < 100_000
-  assert svg == report_curves.draw("x", [report_curves.Curve(noisy, "#123456")])
+  assert svg == plots.draw("x", [plots.Curve(noisy, "#123456")])
 
 
 @pytest.mark.parametrize(
@@ -587,7 +587,7 @@ def test_long_runs_make_small_pictures():
 )
 def test_digits_follow_the_error(value, error, shown):
   metrics = {"x": value} | ({} if error is None else {"x_se": error})
-  assert report_html.figure(metrics, "x").replace("\xa0", " ") == shown
+  assert html.figure(metrics, "x").replace("\xa0", " ") == shown
 
 
 def test_when_it_was_written(tmp_path):

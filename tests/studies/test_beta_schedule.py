@@ -1,6 +1,8 @@
 """The study of schedules: its rule on planted runs, and a reduced run.
 
-Mutants that were tried and fail here: TBD
+Mutants that were tried and fail here: a curve that goes on beyond its ends; one
+straight in KL; constants in falling order; differences the other way round; the
+interval's other end; an arm judged by the seeds that can be compared.
 """
 
 import json

@@ -1,6 +1,8 @@
 """The study of both bounds: its rule on planted runs, and a reduced run.
 
-Mutants that were tried and fail here: TBD
+Mutants that were tried and fail here: either interval judged by its other end;
+differences the other way round; the penalty's taken with clipping both times;
+one difference that is enough; a step's mean over the last steps only.
 """
 
 import json

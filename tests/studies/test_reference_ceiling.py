@@ -1,6 +1,9 @@
 """The study of references: its rule on planted runs, and a reduced run.
 
-Mutants that were tried and fail here: see the end of each test's name.
+Mutants that were tried and fail here: slopes that are not divided by the golds'
+squares; the slope's change taken on by once the last steps; first steps in
+place of those before the last; a loosening judged by its interval's other end;
+ranks, or where the slope leads, left out of the rule; a NaN that counts.
 """
 
 import json

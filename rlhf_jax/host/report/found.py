@@ -18,8 +18,8 @@ import re
 from typing import Any
 
 from rlhf_jax import errors
-from rlhf_jax.host import report_files as files
 from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.host.report import files
 
 Config = dict[str, Any]
 _LEVELS = 2  # of directories below one that is no workdir, or below a run

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import math
 from typing import Any
 
-from rlhf_jax.host import report_curves, report_runs
-from rlhf_jax.host import report_html as html
+from rlhf_jax.host.report import found, html, plots
 
-Runs = Sequence[report_runs.Run]
+Runs = Sequence[found.Run]
 
 # What is looked at first, in this order, and what it is.
 _FIGURES = {
@@ -46,7 +45,7 @@ _STEPS = 6
 _SHADES = (0.25, 0.75, 1.5, 3.0)  # nats from which on a tint is stronger
 
 
-def show(run: report_runs.Run) -> Iterator[html.Node]:
+def show(run: found.Run) -> Iterator[html.Node]:
   """Figures, the frontier, curves and samples."""
   yield from (_members(run) if run.members else _figures(run))
   if run.figure or run.frontier:
@@ -59,7 +58,7 @@ def show(run: report_runs.Run) -> Iterator[html.Node]:
       yield _samples(each, is_open=each is runs[0])
 
 
-def state(run: report_runs.Run) -> html.Node:
+def state(run: found.Run) -> html.Node:
   """Whether the run has ended, or how far it came."""
   if run.ended:
     return html.tag("span", "ended", class_="badge ended")
@@ -70,7 +69,7 @@ def state(run: report_runs.Run) -> html.Node:
   return html.tag("span", text, class_="badge unfinished")
 
 
-def _members(run: report_runs.Run) -> Iterator[html.Node]:
+def _members(run: found.Run) -> Iterator[html.Node]:
   """A sweep's members by β."""
   has = lambda name: any(name in member.metrics for member in run.members)
   names = [name for name in _OF_MEMBERS if has(name)]
@@ -88,7 +87,7 @@ def _members(run: report_runs.Run) -> Iterator[html.Node]:
   yield html.table(columns, rows, caption=_MEANS)
 
 
-def _figures(run: report_runs.Run) -> Iterator[html.Node]:
+def _figures(run: found.Run) -> Iterator[html.Node]:
   """A run's means: those of interest, and the others folded away."""
   first = _in_order(run.metrics)
   others = [n for n in run.metrics if n not in first and not n.endswith("_se")]
@@ -110,7 +109,7 @@ def _figures(run: report_runs.Run) -> Iterator[html.Node]:
     )
 
 
-def _frontier(run: report_runs.Run) -> Iterator[html.Node]:
+def _frontier(run: found.Run) -> Iterator[html.Node]:
   """The recommended β, the picture, and figures on held-out prompts."""
   frontier = run.frontier or {}
   if advice := frontier.get("recommendation"):
@@ -132,8 +131,7 @@ def _frontier(run: report_runs.Run) -> Iterator[html.Node]:
 def _curves(runs: Runs) -> Iterator[html.Node]:
   """A picture of each figure that some run recorded; one legend for all."""
   curves = [
-    report_curves.Curve(run.rows, colour)
-    for run, colour in zip(runs, _colours(runs))
+    plots.Curve(run.rows, colour) for run, colour in zip(runs, _colours(runs))
   ]
   recorded = {name for run in runs for row in run.rows for name in row}
   names = _in_order(recorded)
@@ -153,8 +151,8 @@ def _curves(runs: Runs) -> Iterator[html.Node]:
   yield html.tag("div", *(_curve(n, curves) for n in names), class_="curves")
 
 
-def _curve(name: str, curves: Sequence[report_curves.Curve]) -> html.Node:
-  picture = report_curves.draw(name, curves)
+def _curve(name: str, curves: Sequence[plots.Curve]) -> html.Node:
+  picture = plots.draw(name, curves)
   about = html.tag("span", html.tag("code", name), f" {_FIGURES.get(name, '')}")
   return html.tag(
     "figure",
@@ -171,14 +169,14 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _colours(runs: Runs) -> list[str]:
-  return report_curves.colours([run.beta for run in runs])
+  return plots.colours([run.beta for run in runs])
 
 
 def _swatch(colour: str) -> html.Node:
   return html.tag("span", class_="swatch", style=f"background: {colour}")
 
 
-def _samples(run: report_runs.Run, *, is_open: bool) -> html.Node:
+def _samples(run: found.Run, *, is_open: bool) -> html.Node:
   """Responses at evenly spaced steps, tokens tinted by their log-ratio."""
   steps = sorted({record["step"] for record in run.samples})
   last = len(steps) - 1

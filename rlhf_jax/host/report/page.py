@@ -12,8 +12,7 @@ import math
 from typing import Any
 from xml.etree import ElementTree
 
-from rlhf_jax.host import report_html as html
-from rlhf_jax.host import report_runs, report_style, report_training
+from rlhf_jax.host.report import css, found, html, training
 
 _POLICY = (
   "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -24,12 +23,12 @@ _VERDICTS = {"holds": ("holds", "✓"), "does not hold here": ("not", "✗")}
 
 
 def render(
-  runs: Sequence[report_runs.Run], *, title: str, made: datetime.datetime
+  runs: Sequence[found.Run], *, title: str, made: datetime.datetime
 ) -> str:
   """The whole page."""
   shown = [entry for run in runs for entry in _with_stages(run)]
   style = html.tag("style")
-  style.text = report_style.CSS  # The one text that is not escaped.
+  style.text = css.CSS  # The one text that is not escaped.
   head = html.tag(
     "head",
     html.tag("meta", charset="utf-8"),
@@ -51,21 +50,21 @@ def render(
 
 
 def _with_stages(
-  run: report_runs.Run, depth: int = 0
-) -> Iterator[tuple[int, report_runs.Run]]:
+  run: found.Run, depth: int = 0
+) -> Iterator[tuple[int, found.Run]]:
   """The run and those below it, in the order of the page."""
   yield depth, run
   for stage in run.stages:
     yield from _with_stages(stage, depth + 1)
 
 
-def _contents(shown: Sequence[tuple[int, report_runs.Run]]) -> html.Node:
+def _contents(shown: Sequence[tuple[int, found.Run]]) -> html.Node:
   """Links to all sections, with what came of them."""
   rows = []
   for i, (depth, run) in enumerate(shown):
     name = html.tag("a", run.name, href=f"#run-{i}")
     about = [name]
-    outcome = report_training.state(run)
+    outcome = training.state(run)
     if run.study:
       about.append(html.tag("div", run.study["claim"], class_="faint"))
       outcome = _verdict(run.study["verdict"])
@@ -74,8 +73,8 @@ def _contents(shown: Sequence[tuple[int, report_runs.Run]]) -> html.Node:
   return html.tag("nav", html.table(["run", "kind", "outcome"], rows))
 
 
-def _section(run: report_runs.Run, index: int, depth: int) -> html.Node:
-  show = _study if run.kind == "study" else report_training.show
+def _section(run: found.Run, index: int, depth: int) -> html.Node:
+  show = _study if run.kind == "study" else training.show
   return html.tag(
     "section",
     html.tag(f"h{min(depth, 1) + 2}", run.name, id=f"run-{index}"),
@@ -85,7 +84,7 @@ def _section(run: report_runs.Run, index: int, depth: int) -> html.Node:
   )
 
 
-def _facts(run: report_runs.Run) -> html.Node:
+def _facts(run: found.Run) -> html.Node:
   """State, kind, seed, seconds, notes and date in a line."""
   kind = run.kind.replace("_", " ")
   if run.members:
@@ -95,11 +94,11 @@ def _facts(run: report_runs.Run) -> html.Node:
     facts.append(f"took {run.wall_s:,.0f} s")
   facts += [f"{name} {value}" for name, value in run.notes.items()]
   facts.append(f"last written {run.written:%Y-%m-%d %H:%M}")
-  state = report_training.state(run)
+  state = training.state(run)
   return html.tag("p", state, " · ".join(facts), class_="faint")
 
 
-def _study(run: report_runs.Run) -> Iterator[html.Node]:
+def _study(run: found.Run) -> Iterator[html.Node]:
   """Claim, verdict, finding, figure, tables."""
   if run.study is None:
     yield html.tag("p", "The study has not ended; --resume goes on with it.")
@@ -128,7 +127,7 @@ def _verdict(verdict: str) -> html.Node:
   return html.tag("span", f"{mark} {verdict}", class_=f"badge {kind}")
 
 
-def _configuration(run: report_runs.Run) -> html.Node:
+def _configuration(run: found.Run) -> html.Node:
   """All fields, those that differ from the defaults first."""
   fields, defaults = dict(_fields(run.config)), dict(_fields(run.defaults))
   differ, same = [], []

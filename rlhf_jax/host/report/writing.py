@@ -6,14 +6,14 @@ import os
 import pathlib
 
 from rlhf_jax import errors
-from rlhf_jax.host import report_page, report_runs
+from rlhf_jax.host.report import found, page
 
 
 def run(
   workdirs: Sequence[str],
   output: str | None,
   *,
-  defaults: Callable[[report_runs.Config], report_runs.Config],
+  defaults: Callable[[found.Config], found.Config],
 ) -> str:
   """Writes the report and says where it is.
 
@@ -32,10 +32,10 @@ def run(
     raise errors.UserError(
       f"--output: {file}; the name of an .html file is wanted"
     )
-  runs = [run for place in places for run in report_runs.read(place, defaults)]
+  runs = [run for place in places for run in found.read(place, defaults)]
   now = datetime.datetime.now().astimezone()
   title = f"rlhf_jax report: {', '.join(map(str, places))}"
-  _write(file, report_page.render(runs, title=title, made=now))
+  _write(file, page.render(runs, title=title, made=now))
   count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
   return f"{file}: {count}; open it in a browser"
 
