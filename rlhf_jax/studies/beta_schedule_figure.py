@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from matplotlib import figure as matplotlib_figure
+from matplotlib import ticker
 import numpy as np
 
 _STYLES = (
@@ -47,10 +48,14 @@ def draw(
       runs.kl.mean(), runs.gold.mean(), markersize=8, label=name, **style
     )
   path.set_yscale("log")
-  path.set_title("How β moves, mean over seeds", fontsize=10)
+  path.yaxis.set_major_formatter("{x:g}")
+  path.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+  path.yaxis.set_minor_formatter("{x:g}")
+  path.set_title("How β moves: mean over seeds", fontsize=10)
   path.set_xlabel("step")
   path.set_ylabel("β, reward units per nat")
   plane.set_xscale("function", functions=(np.sqrt, np.square))
+  plane.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
   plane.set_title("At the end: seeds (small), means (large)", fontsize=10)
   plane.set_xlabel("KL(π‖π_ref), nats per response")
   plane.set_ylabel("gold reward")

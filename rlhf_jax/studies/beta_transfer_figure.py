@@ -29,7 +29,9 @@ def draw(
   for axis, task in zip(panels, tasks):
     _golds(axis, task, tasks)
   panels[0].set_ylabel(f"gold reward, last {config.last} steps")
-  panels[0].legend(frameon=False, fontsize=8)
+  panels[count // 2].legend(
+    frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22)
+  )
   _regrets(last, config, transfers, regrets)
   for axis in (*panels, last):
     axis.spines[["top", "right"]].set_visible(False)
@@ -43,14 +45,16 @@ def _golds(
   axis.plot(task.betas, task.gold, color="0.75", linewidth=0.8)
   axis.plot(task.betas, task.gold.mean(axis=1), "o-", color="0.2", markersize=4)
   axis.axhline(task.start, color="0.6", linewidth=0.8, linestyle=":")
-  for other, colour in zip(tasks, _TASKS):
-    axis.axvline(
+  for place, (other, colour) in enumerate(zip(tasks, _TASKS)):
+    axis.plot(
       other.betas[other.best],
+      0.03 + 0.06 * place,  # Of the height: tasks with one best β are stacked.
+      marker="^",
       color=colour,
-      linewidth=2.2 if other is task else 1.2,
-      linestyle="-" if other is task else "--",
-      label=f"best of {other.name}",
-      zorder=0,
+      markersize=10 if other is task else 6,
+      linestyle="none",
+      label=f"best β of {other.name}",
+      transform=axis.get_xaxis_transform(),
     )
   axis.set_xscale("log")
   axis.xaxis.set_major_formatter("{x:g}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib import figure as matplotlib_figure
+from matplotlib import ticker
 
 from rlhf_jax.studies import intervals
 
@@ -47,11 +48,16 @@ def draw(
       )
   left.set_xscale("log")
   left.set_yscale("log")
+  for axis in (left.xaxis, left.yaxis):
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+    axis.set_minor_formatter("{x:g}")
   left.set_title("Clipping (the number) and the penalty", fontsize=10)
   left.set_xlabel("a step: KL(π_old‖π_new), nats per response")
   left.set_ylabel("distance at the end: KL(π‖π_ref), nats per response")
   right.axhline(start, color="0.6", linestyle="--", linewidth=0.8)
-  right.annotate("SFT policy", (-0.4, start), va="bottom", fontsize=8)
+  right.annotate("SFT policy", (-0.45, start), va="bottom", fontsize=8)
+  right.set_xlim(-0.5, len(clips) - 0.5)
   right.set_xticks(range(len(clips)), names)
   right.set_title("Gold at the end: mean, 95 % interval, seeds", fontsize=10)
   right.set_xlabel("clip range")

@@ -18,7 +18,7 @@ def draw(
   """Deviations on the left; on the right a panel for each length trained."""
   count = len(paces)
   figure = matplotlib_figure.Figure(
-    figsize=(4.4 + 3.4 * count, 4.2), layout="constrained"
+    figsize=(4.4 + 3.4 * count, 4.8), layout="constrained"
   )
   left, *rest = figure.subplots(1, count + 1, width_ratios=(1.25, *[1] * count))
   _deviations(left, config.lengths, noise)
@@ -27,7 +27,9 @@ def draw(
   rest[0].set_ylabel(
     f"score − β · KL, mean of {config.window} steps, reward units"
   )
-  rest[0].legend(frameon=False, fontsize=9, loc="lower right")
+  rest[0].legend(
+    frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+  )
   for axis in (left, *rest):
     axis.spines[["top", "right"]].set_visible(False)
   return figure
@@ -56,7 +58,9 @@ def _deviations(
   axis.set_xlabel("tokens of a response")
   axis.set_ylabel("standard deviation, nats per response")
   axis.set_title("Noise of KL estimates, 95 % intervals", fontsize=10)
-  axis.legend(frameon=False, fontsize=9)
+  axis.legend(
+    frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+  )
 
 
 def _curves(

@@ -13,7 +13,7 @@ import pytest
 
 from configs.studies import adversarial_prefix as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import ppo_stage, pretrained, readers
+from rlhf_jax.host import ppo_stage, pretrained, readers, sampling, settings
 from rlhf_jax.models import transformer
 from rlhf_jax.studies import adversarial_prefix as adversarial
 from rlhf_jax.studies import adversarial_prefix_measures as measures
@@ -124,36 +124,40 @@ def test_the_reference_is_at_no_kl_to_itself(config):
 def test_both_kls_by_hand(config):
   """Token by token, each model reading what it is said to read."""
   reference, policy = two_models(config)
-  prefix = toy_runs.varied(config.training, {"rollout.prefix": "hated awful"})
-  found = measures.measure(prefix, policy, reference, prompts=4)
-  prompt, answer = (
-    [policy.tokenizer.convert_tokens_to_ids(w) for w in part.split()]
-    for part in found.text.split("|")
+  asked = toy_runs.varied(config.training, {"rollout.prefix": "hated awful"})
+  ids = policy.tokenizer.convert_tokens_to_ids
+  clean = [1, *ids(["it", "was"])]
+  prompts, _ = sampling.prompts_array([clean], asked, policy, "test")
+  _, shifted, anchored, sequences = measures._compared(
+    policy.params["transformer"],
+    reference.params["transformer"],
+    prompts,
+    jax.random.key(0),
+    config=settings.ppo_config(asked, policy, reference),
   )
-  size = config.training.rollout.response_length
-  assert len(answer) <= size and prompt[0] == 1
+  size = int(sequences.response_lengths[0])
+  answer = sequences.response_tokens[0, :size].tolist()
+  p = next_words(policy, [1, *ids(["hated", "awful"]), *clean[1:]], answer)
+  for read, kl in (
+    ([1, *ids(["hated", "awful"]), *clean[1:]], shifted),
+    (clean, anchored),
+  ):
+    q = next_words(reference, read, answer)
+    assert kl[0] == pytest.approx(float((np.exp(p) * (p - q)).sum()), rel=1e-4)
+  assert sequences.prompt_lengths.tolist() == [3]
 
-  def log_softmax(model, read):
-    hidden, _ = transformer.apply(
-      model.params["transformer"],
-      jnp.array([read + answer]),
-      config=model.model,
-      positions=jnp.arange(len(read + answer))[None],
-      mask=jnp.tril(jnp.ones((1, *[len(read + answer)] * 2), bool)),
-    )
-    head = transformer.head(model.params["transformer"])
-    logits = hidden[0, len(read) - 1 : -1] @ head.T
-    return jax.nn.log_softmax(logits)
 
-  shifted = (
-    prompt[:1]
-    + policy.tokenizer.convert_tokens_to_ids(["hated", "awful"])
-    + prompt[1:]
+def next_words(model, read, answer):
+  """Logprobs of every word at each place of the answer."""
+  ids, head = read + answer, transformer.head(model.params["transformer"])
+  hidden, _ = transformer.apply(
+    model.params["transformer"],
+    jnp.array([ids]),
+    config=model.model,
+    positions=jnp.arange(len(ids))[None],
+    mask=jnp.tril(jnp.ones((1, len(ids), len(ids)), bool)),
   )
-  p = log_softmax(policy, shifted)
-  for read, kl in ((shifted, found.shifted), (prompt, found.anchored)):
-    q = log_softmax(reference, read)
-    assert kl[0] == pytest.approx(float((jnp.exp(p) * (p - q)).sum()), rel=1e-4)
+  return jax.nn.log_softmax(hidden[0, len(read) - 1 : -1] @ head.T)
 
 
 # The study.

@@ -11,7 +11,7 @@ import pytest
 
 from configs.studies import beta_transfer as config_file
 from rlhf_jax import errors
-from rlhf_jax.studies import beta_transfer, study
+from rlhf_jax.studies import beta_transfer, intervals, study
 from rlhf_jax.studies import beta_transfer_arms as arms
 
 BETAS = (0.01, 0.1, 1.0)
@@ -147,6 +147,21 @@ def outcome(bests, *, of_target, noise=0.05, gain=2.0):
 )
 def test_the_rule_on_planted_effects(bests, of_target, verdict):
   assert outcome(bests, of_target=of_target) == verdict
+
+
+def test_an_interval_that_touches_is_not_enough():
+  wide = intervals.Interval(0.5, 0.0, 1.0)
+  regrets = arms.Regrets(*[wide._replace(low=0.09)] * 2, *[wide] * 3)
+  tasks = [task(name, 0.1) for name in "ab"]
+  rule = lambda **changed: arms.verdict(
+    tasks, regrets._replace(**changed), fails=0.1
+  )
+  assert rule() == study.DOES_NOT_HOLD
+  above = wide._replace(low=0.11)
+  assert rule(beta=above) == (
+    "holds when the question is whether a β fails on other tasks"
+  )
+  assert rule(beta=above, saved=above) == study.HOLDS
 
 
 def test_tasks_without_gain_test_nothing():

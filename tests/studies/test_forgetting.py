@@ -202,7 +202,7 @@ def test_ppo_sees_its_task_alone_and_the_mix_sees_all(workdir):
   for sweep, kind in (("penalty/beta=0.1", "none"), ("nll/beta=0.1", "nll")):
     path = workdir / f"{sweep},seed=0"
     lines = (path / "samples.jsonl").read_text().splitlines()
-    opens = {json.loads(line)["prompt"].split()[1] for line in lines}
+    opens = {json.loads(line)["prompt"].split()[0] for line in lines}
     assert opens <= {"i", "we", "they", "everyone"}
     config = read(path / "config.json")
     assert config["mix"]["kind"] == kind and config["mix"]["opening"] == ""

@@ -1,0 +1,75 @@
+"""Runs of a study: made once, begun at one policy, swept at once."""
+
+import json
+
+import pytest
+from rich import console as rich_console
+
+from configs import ppo, studies
+from rlhf_jax import errors
+from rlhf_jax.host import stages
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.studies import toy_runs
+
+CONSOLE = rich_console.Console(quiet=True)
+
+
+def training():
+  config = ppo.toy()
+  studies.shrink(config)
+  config.train.steps = 2
+  return config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """A study's workdir with a start and a sweep of two members."""
+  path = tmp_path_factory.mktemp("study") / "run"
+  with workdir_lib.Workdir.open(path, {"study": "x"}, resume=False) as opened:
+    begun = toy_runs.start(training(), opened, CONSOLE)
+    fields = {"sweep.betas": (0.0, 0.5), "sweep.seeds": (3,)}
+    config = toy_runs.varied(training(), fields)
+    config = toy_runs.from_start(config, begun)
+    swept = toy_runs.made("arms/sweep", config, opened, CONSOLE)
+  return path, begun, config, swept
+
+
+def test_a_start_is_a_policy_with_its_reward_model(made):
+  path, begun, _, _ = made
+  assert (begun.policy, begun.reward) == (path / "sft", path / "reward_model")
+  summary = json.loads((path / "sft" / "summary.json").read_text())
+  assert begun.gold == summary["metrics"]["reward/gold"]
+
+
+def test_members_are_in_the_sweeps_order(made):
+  *_, swept = made
+  members = toy_runs.members(swept)
+  assert [(m.beta, m.seed) for m in members] == [(0.0, 3), (0.5, 3)]
+  for member in members:
+    assert [row["step"] for row in member.rows] == [0, 1]
+    assert toy_runs.column(member.rows, "kl/beta")[0] == member.beta
+    assert (member.path / "model").is_dir()
+  # A study judges by figures of its own.
+  assert not (swept / "frontier.json").exists()
+
+
+def test_what_has_ended_is_not_done_again(made, monkeypatch):
+  path, _, config, swept = made
+  monkeypatch.setattr(stages, "run_stage", lambda *a, **k: pytest.fail("ran"))
+  with workdir_lib.Workdir.open(path, {"study": "x"}, resume=True) as opened:
+    again = toy_runs.made("arms/sweep", config, opened, CONSOLE)
+  assert again == swept
+
+
+def test_an_input_that_is_gone_is_named(made):
+  """A study without its inputs: one line, and nothing is written over."""
+  path, begun, *_ = made
+  model = path / "sft" / "model"
+  model.rename(path / "elsewhere")
+  config = toy_runs.from_start(training(), begun)
+  with workdir_lib.Workdir.open(path, {"study": "x"}, resume=True) as opened:
+    assert toy_runs.start(training(), opened, CONSOLE) == begun
+    with pytest.raises(errors.UserError, match="no model in it") as caught:
+      toy_runs.made("more", config, opened, CONSOLE)
+  (path / "elsewhere").rename(model)
+  assert len(str(caught.value).splitlines()) == 1
