@@ -19,7 +19,8 @@ def full() -> ConfigDict:
     source="folklore; measured as gold reward at equal KL",
   )
   config.constants = (0.02, 0.05, 0.1, 0.2, 0.5)  # β, reward units per nat
-  config.conservative_beta = 0.5  # where all others begin
+  config.arms = ("linear", "cosine", "ziegler", "dual", "trust")
+  config.conservative_beta = 0.5  # where these begin
   config.target = 4.0  # of ziegler and dual, nats per response
   config.seeds = 4  # from config.seed on; each is a run of every arm
   config.last = 15  # steps that are the end of a run
@@ -36,6 +37,7 @@ def reduced() -> ConfigDict:
   """Seconds, for the tests: nothing is learned in so few steps."""
   config = full()
   config.constants = (0.02, 0.1, 0.5)
+  config.arms = ("linear", "dual")
   config.seeds = 2
   config.last = 2
   studies.shrink(config.training)

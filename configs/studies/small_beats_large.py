@@ -3,7 +3,14 @@ r"""A small RLHF policy is preferred to a raw model 100 times its size.
     python -m launch.study --config=configs/studies/small_beats_large.py \
       --workdir=runs/small_beats_large
 
-TBD
+On two cores of a server CPU shared with a dozen other processes: 750 s, of
+which 128 s of CPU time. Verdict: holds. The RLHF policy of 4,144 parameters is
+preferred to the raw model of 415,584 on 88.1 % of held-out prompts (86.4 % to
+89.7 %), on 49.0 % (47.4 % to 50.6 %) before PPO. Gold: −0.12 before PPO, 1.37
+after it, −0.07 of the large model, whose loss is 0.014 nats per token above the
+language's entropy; the small model's is 0.022, and 0.78 after PPO.
+
+With 1,432 against 143,680 parameters: 86.9 % (85.0 % to 88.8 %).
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +33,7 @@ def full() -> ConfigDict:
   config.prompts = 512  # held out, a seed; each model answers once
   config.training = ppo.toy()
   config.training.seed = config.get_ref("seed").identity()
-  _shape(config.training.model, width=8, layers=1, heads=2, mlp_width=16)
+  _shape(config.training.model, width=16, layers=1, heads=2, mlp_width=32)
   config.training.kl.beta = 0.1
   config.training.train.steps = 100
   config.training.optimizer.learning_rate = 3e-3
@@ -35,7 +42,7 @@ def full() -> ConfigDict:
   # The large model, on as many of the same texts as the small one's SFT.
   config.large = sft.toy()
   config.large.seed = config.get_ref("seed").identity()
-  _shape(config.large.model, width=64, layers=2, heads=4, mlp_width=272)
+  _shape(config.large.model, width=96, layers=4, heads=4, mlp_width=224)
   config.large.optimizer.schedule = "cosine"
   config.large.optimizer.learning_rate = 2e-3
   config.large.optimizer.warmup_steps = 20

@@ -13,7 +13,7 @@ of it is no statement on all of its size.
 from collections.abc import Sequence
 import itertools
 import math
-from typing import NamedTuple
+import pathlib
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -23,11 +23,11 @@ from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.studies import (
   beta_regimes_figure,
   held_out,
-  intervals,
   study,
   toy_runs,
 )
 from rlhf_jax.studies import beta_regimes_rule as rule
+from rlhf_jax.studies import beta_regimes_tables as tables_lib
 
 _FIXED = {
   "kl.controller": "fixed",
@@ -42,27 +42,6 @@ _BANDS = {
   "conservative": rule.CONSERVATIVE,
   "barely_moves": rule.BARELY,
 }
-
-
-class Model(NamedTuple):
-  """A reward model, and what PPO makes of it.
-
-  Attributes:
-    pairs: That it was made from.
-    steps: Of its training.
-    correlation: Of score and gold, over responses of the SFT policy.
-    spread: Standard deviation of its raw scores, raw units: β in raw units per
-      nat is β times this.
-    runs: Of every β.
-    words: For each β, as seen.
-  """
-
-  pairs: int
-  steps: int
-  correlation: float
-  spread: float
-  runs: rule.Runs
-  words: list[str]
 
 
 def check(config: ConfigDict) -> None:
@@ -126,12 +105,14 @@ def run(
   betas = _sweep(config).sweep.betas
   return study.Outcome(
     verdict=rule.verdict(agreed),
-    paragraph=_paragraph(config, betas, bands, models, agreed, useful),
+    paragraph=tables_lib.paragraph(
+      config, betas, bands, models, agreed, useful
+    ),
     tables={
-      "bands": _bands_table(bands, models, agreed),
-      "models": _models_table(betas, models, useful),
-      "betas": _betas_table(config, betas, models),
-      "runs": _runs_table(config, betas, models),
+      "bands": tables_lib.bands_table(bands, models, agreed),
+      "models": tables_lib.models_table(betas, models, useful),
+      "betas": tables_lib.betas_table(config, betas, models),
+      "runs": tables_lib.runs_table(config, betas, models),
     },
     figure=beta_regimes_figure.draw(betas, bands, models),
   )
@@ -140,12 +121,12 @@ def run(
 def _model(
   config: ConfigDict,
   bands: Sequence[rule.Band],
-  policy,
+  policy: pathlib.Path,
   pairs: int,
   steps: int,
   workdir: workdir_lib.Workdir,
   console: rich_console.Console,
-) -> Model:
+) -> rule.Model:
   """Makes a reward model and the runs with it."""
   fields = {
     "policy.path": str(policy),
@@ -173,7 +154,7 @@ def _model(
   )
   runs = runs_of(members, start, window=config.window)
   scores, golds = (np.concatenate([r[i] for r in start]) for i in (0, 1))
-  return Model(
+  return rule.Model(
     pairs,
     steps,
     float(np.corrcoef(scores, golds)[0, 1]),
@@ -211,129 +192,3 @@ def _sweep(config: ConfigDict) -> ConfigDict:
   seeds = range(config.seed, config.seed + config.seeds)
   fields = {"sweep.betas": tuple(betas), "sweep.seeds": tuple(seeds)}
   return toy_runs.varied(config.training, fields)
-
-
-def _bands_table(bands, models, agreed) -> study.Table:
-  """What is seen in each band, and whether the claim says so."""
-  rows = [
-    (
-      band.name,
-      band.word,
-      m.pairs,
-      _counted([m.words[place] for place in band.places]),
-      float(m.runs.gold[list(band.places)].mean()),
-      float(m.runs.kl[list(band.places)].mean()),
-      agreed[band.name][i],
-    )
-    for band in bands
-    for i, m in enumerate(models)
-  ]
-  return study.Table(
-    "For each band of β: the claim's word; pairs of the reward model; what its"
-    " β are seen to do; means of gold gained, reward units, and KL, nats per"
-    " response. Under the fewest pairs the conservative band is to have more"
-    " gold than the standard one",
-    ("β", "claim", "pairs", "seen", "gold", "KL", "agrees"),
-    rows,
-  )
-
-
-def _counted(words: Sequence[str]) -> str:
-  return ", ".join(
-    f"{word} {words.count(word)}" for word in dict.fromkeys(words)
-  )
-
-
-def _models_table(betas, models, useful) -> study.Table:
-  rows = [
-    (
-      m.pairs,
-      m.steps,
-      m.correlation,
-      m.spread,
-      betas[rule.best(m.runs)],
-      betas[rule.best(m.runs)] * m.spread,
-      float(m.runs.gold.mean(axis=1).max()),
-      str(conservative),
-    )
-    for m, conservative in zip(models, useful)
-  ]
-  return study.Table(
-    "Reward models: pairs; steps; correlation of score and gold on the SFT"
-    " policy's responses; sd of raw scores; best β, and times the sd; the gold"
-    " that it gains; gold of the conservative band less that of the standard"
-    " one, with a 95 % interval",
-    (
-      *("pairs", "steps", "correlation", "sd", "best β", "β · sd", "gold"),
-      "conservative − standard",
-    ),
-    rows,
-  )
-
-
-def _betas_table(config, betas, models) -> study.Table:
-  rows = [
-    (
-      m.pairs,
-      f"{beta:g}",
-      *(float(of[i].mean()) for of in m.runs),
-      m.words[i],
-    )
-    for m in models
-    for i, beta in enumerate(betas)
-  ]
-  return study.Table(
-    f"Every β: means over {config.seeds} seeds and the last {config.window}"
-    " steps; gains since the SFT policy, reward units; KL, nats per response",
-    ("pairs", "β", "proxy", "gold", "KL", "seen"),
-    rows,
-  )
-
-
-def _runs_table(config, betas, models) -> study.Table:
-  rows = [
-    (m.pairs, f"{beta:g}", seed, *(float(of[i, j]) for of in m.runs))
-    for m in models
-    for i, beta in enumerate(betas)
-    for j, seed in enumerate(_sweep(config).sweep.seeds)
-  ]
-  return study.Table(
-    "Every run, as the table of β",
-    ("pairs", "β", "seed", "proxy", "gold", "KL"),
-    rows,
-    shown=False,
-  )
-
-
-def _paragraph(
-  config: ConfigDict,
-  betas: Sequence[float],
-  bands: Sequence[rule.Band],
-  models: Sequence[Model],
-  agreed: dict[str, list[bool]],
-  useful: Sequence[intervals.Interval],
-) -> str:
-  """What each band does, and the best β of each reward model."""
-  said = []
-  for band in bands:
-    seen = [
-      f"{_counted([m.words[place] for place in band.places])} ({m.pairs} pairs)"
-      for m in models
-    ]
-    said.append(f"{band.name}, said to be {band.word}: {'; '.join(seen)}")
-  bests = [
-    f"{betas[rule.best(m.runs)]:g} ({m.pairs} pairs, correlation with gold"
-    f" {m.correlation:.2f})"
-    for m in models
-  ]
-  gains = [
-    f"{interval} ({m.pairs} pairs)" for interval, m in zip(useful, models)
-  ]
-  right = sum(map(all, agreed.values()))
-  return (
-    f"{right} of {len(bands)} bands of β are what the claim says, under all"
-    f" reward models, after {config.training.train.steps} steps. How many β are"
-    f" seen to do what: {'. '.join(said)}. The best β is {', '.join(bests)}."
-    f" The conservative band has {', '.join(gains)} more gold than the standard"
-    " one."
-  )

@@ -19,7 +19,9 @@ _OF_WORD = {
 
 
 def draw(
-  betas: Sequence[float], bands: Sequence[rule.Band], models
+  betas: Sequence[float],
+  bands: Sequence[rule.Band],
+  models: Sequence[rule.Model],
 ) -> matplotlib_figure.Figure:
   """A column a reward model: gains above, KL below, a place a β.
 
@@ -52,13 +54,18 @@ def draw(
       f"{model.pairs:,} pairs (correlation with gold {model.correlation:.2f})",
       fontsize=11,
     )
+  axes[0, 0].set_yscale("symlog", linthresh=2)  # A collapse is far below.
+  axes[0, 0].yaxis.set_major_formatter("{x:g}")
+  axes[0, 0].set_yticks([-10, -5, -2, -1, 0, 1, 2])
   axes[0, 0].set_ylabel("gain since the SFT policy, reward units")
   axes[1, 0].set_ylabel("KL(π‖π_ref),\nnats per response")
   _legend(figure, axes[0, 0])
   return figure
 
 
-def _gains(axis: matplotlib_axes.Axes, places, model) -> None:
+def _gains(
+  axis: matplotlib_axes.Axes, places: np.ndarray, model: rule.Model
+) -> None:
   """Proxy dashed; gold with a dot in the colour of what is seen."""
   runs = model.runs
   axis.axhline(0, color="0.5", linewidth=0.8)

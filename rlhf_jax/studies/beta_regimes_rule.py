@@ -39,6 +39,27 @@ class Runs(NamedTuple):
   kl: np.ndarray
 
 
+class Model(NamedTuple):
+  """A reward model, and what PPO makes of it.
+
+  Attributes:
+    pairs: That it was made from.
+    steps: Of its training.
+    correlation: Of score and gold, over responses of the SFT policy.
+    spread: Standard deviation of its raw scores, raw units: β in raw units per
+      nat is β times this.
+    runs: Of every β.
+    words: For each β, as seen.
+  """
+
+  pairs: int
+  steps: int
+  correlation: float
+  spread: float
+  runs: Runs
+  words: list[str]
+
+
 class Band(NamedTuple):
   """Neighbouring β of which the claim says one word.
 

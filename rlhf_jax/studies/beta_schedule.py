@@ -27,6 +27,16 @@ from rich import console as rich_console
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.studies import beta_schedule_figure, intervals, study, toy_runs
 
+_SCHEDULE = {"kl.controller": "schedule", "kl.schedule.shape": "linear"}
+# What each arm sets; a target is the config's.
+ARMS = {
+  "linear": _SCHEDULE,
+  "cosine": _SCHEDULE | {"kl.schedule.shape": "cosine"},
+  "ziegler": {"kl.controller": "ziegler"},
+  "dual": {"kl.controller": "dual"},
+  "trust": {"kl.controller": "trust"},
+}
+
 
 class Runs(NamedTuple):
   """An arm's runs, a row a seed.
@@ -68,6 +78,11 @@ def check(config: ConfigDict) -> None:
       "constants",
     ),
     (
+      f"different ones of {', '.join(ARMS)}",
+      lambda xs: len(xs) == len({*xs}) > 0 and {*xs} <= {*ARMS},
+      "arms",
+    ),
+    (
       f"above training.kl.trust.beta_min={relaxed}",
       lambda x: relaxed < x < math.inf,
       "conservative_beta",
@@ -79,7 +94,7 @@ def check(config: ConfigDict) -> None:
   ):
     study.require(config, wanted, holds, field)
   fixed = {"sweep.seeds": (), "kl.controller": "fixed", "kl.target": 0.0}
-  toy_runs.check(config, _sweeps(config), fixed)
+  toy_runs.check(config, sweeps(config), fixed)
 
 
 def run(
@@ -90,7 +105,7 @@ def run(
   """Does a sweep of the constants and one for each way to move β."""
   begun = toy_runs.start(config.training, workdir, console)
   runs = {}
-  for name, sweep in _sweeps(config).items():
+  for name, sweep in sweeps(config).items():
     sweep = toy_runs.from_start(sweep, begun)
     path = toy_runs.made(name, sweep, workdir, console)
     members = toy_runs.members(path)
@@ -166,21 +181,15 @@ def verdict(arms: list[Arm]) -> str:
   return study.verdict({arm.arm: arm.low > 0 for arm in arms}, "β follows")
 
 
-def _sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
+def sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
   """The sweeps by name."""
   seeds = tuple(range(config.seed, config.seed + config.seeds))
-  schedule = {"kl.controller": "schedule", "kl.schedule.shape": "linear"}
-  moved = {
-    "linear": schedule,
-    "cosine": schedule | {"kl.schedule.shape": "cosine"},
-    "ziegler": {"kl.controller": "ziegler", "kl.target": config.target},
-    "dual": {"kl.controller": "dual", "kl.target": config.target},
-    "trust": {"kl.controller": "trust"},
-  }
-  start = {"kl.beta": config.conservative_beta, "sweep.seeds": seeds}
-  fields = {
-    "constant": {"sweep.betas": config.constants, "sweep.seeds": seeds}
-  } | {name: start | more for name, more in moved.items()}
+  fields = {"constant": {"sweep.betas": config.constants, "sweep.seeds": seeds}}
+  for name in config.arms:
+    start = {"kl.beta": config.conservative_beta, "sweep.seeds": seeds}
+    if name in ("ziegler", "dual"):
+      start["kl.target"] = config.target
+    fields[name] = start | ARMS[name]
   return {
     name: toy_runs.varied(config.training, more)
     for name, more in fields.items()

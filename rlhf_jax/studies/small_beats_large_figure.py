@@ -9,6 +9,7 @@ from matplotlib import figure as matplotlib_figure
 # Small, small with RLHF, large; in the study's order.
 _COLOURS = ("tab:orange", "tab:blue", "0.35")
 _MARKERS = ("s", "o", "D")
+_LABELS = ((0, -26), (0, 16), (0, 16))  # points from the mean
 
 
 def draw(
@@ -58,7 +59,7 @@ def _wins(axis: matplotlib_axes.Axes, measured, judged) -> None:
 
 def _losses(axis: matplotlib_axes.Axes, measured, judged) -> None:
   """Gold against the loss, a point a seed."""
-  for row, colour, marker in zip(judged, _COLOURS, _MARKERS):
+  for row, colour, marker, offset in zip(judged, _COLOURS, _MARKERS, _LABELS):
     mine = [x for x in measured if x.model == row.model]
     axis.plot(
       [x.above_floor for x in mine],
@@ -71,13 +72,13 @@ def _losses(axis: matplotlib_axes.Axes, measured, judged) -> None:
     axis.annotate(
       row.model,
       (row.above_floor, row.gold),
-      (0, 14),
+      offset,
       textcoords="offset points",
       ha="center",
       color=colour,
     )
   axis.set_xscale("log")
-  axis.margins(0.15)
-  axis.set_title("The better language model is not preferred", fontsize=10)
+  axis.margins(0.15, 0.25)
+  axis.set_title("Is the better language model the better writer?", fontsize=10)
   axis.set_xlabel("held-out loss above the language's entropy, nats per token")
   axis.set_ylabel("mean gold reward of responses")

@@ -12,7 +12,8 @@ that takes long keeps what is done in sub-workdirs (`workdir.sub`, always with
 `resume=True`: this workdir is its own), so that `--resume` goes on with it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import importlib
 import json
 import math
@@ -37,6 +38,7 @@ DOES_NOT_HOLD = "does not hold here"
 Cell = str | bool | int | float | None
 _WIDTH = 100  # columns; what every table fits into
 _FILE = "study.json"
+_ELAPSED = "elapsed.json"
 
 
 class Table(NamedTuple):
@@ -130,9 +132,9 @@ def run(config: ConfigDict, workdir: str, *, resume: bool) -> None:
     workdir, config.to_dict(), resume=resume
   ) as opened:
     if not (opened.path / _FILE).exists():
-      began = time.monotonic()
-      outcome = _module(config).run(config, opened, console)
-      _write(opened.path, config, outcome, time.monotonic() - began)
+      with _clock(opened) as seconds:
+        outcome = _module(config).run(config, opened, console)
+      _write(opened.path, config, outcome, seconds())
     _print(console, opened.path)
 
 
@@ -143,6 +145,19 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def _module(config: ConfigDict) -> Any:
   return importlib.import_module(f"rlhf_jax.studies.{config.study}")
+
+
+@contextlib.contextmanager
+def _clock(workdir: workdir_lib.Workdir) -> Iterator[Callable[[], float]]:
+  """Seconds so far, those of earlier processes included; kept on the way out."""
+  file = workdir.path / _ELAPSED
+  before = json.loads(file.read_text())["wall_s"] if file.exists() else 0.0
+  began = time.monotonic()
+  seconds = lambda: before + time.monotonic() - began
+  try:
+    yield seconds
+  finally:
+    workdir.write_json(_ELAPSED, {"wall_s": seconds()})
 
 
 def _write(

@@ -105,10 +105,10 @@ def test_regrets_by_hand():
 # The verdict.
 
 
-def outcome(bests, *, of_target, noise=0.05, gain=2.0):
+def outcome(bests, *, of_target, noise=0.05):
   """Tasks with these best β; targets lose `of_target` of the gain."""
   tasks = [
-    task(name, best, noise=noise, gain=gain, seed=i)
+    task(name, best, noise=noise, seed=i)
     for i, (name, best) in enumerate(zip("abc", bests))
   ]
   rng = np.random.default_rng(9)
@@ -116,7 +116,7 @@ def outcome(bests, *, of_target, noise=0.05, gain=2.0):
     arms.transfer_of(
       source,
       here,
-      1.0 + gain * (1 - of_target) + rng.normal(0, noise, 3),
+      1.0 + 2.0 * (1 - of_target) + rng.normal(0, noise, 3),
       np.ones(3),
     )
     for here in tasks
@@ -165,7 +165,14 @@ def test_an_interval_that_touches_is_not_enough():
 
 
 def test_tasks_without_gain_test_nothing():
-  assert outcome(BETAS, of_target=0.0, gain=0.02) == study.DOES_NOT_HOLD
+  clear = intervals.Interval(0.5, 0.4, 0.6)
+  tasks = [task("a", 0.1), task("b", 0.1, gain=0.02, noise=0.5)]
+  assert arms.verdict(tasks[:1], arms.Regrets(*[clear] * 5), fails=0.1) == (
+    study.HOLDS
+  )
+  assert arms.verdict(tasks, arms.Regrets(*[clear] * 5), fails=0.1) == (
+    study.DOES_NOT_HOLD
+  )
 
 
 # The study.

@@ -101,8 +101,8 @@ def test_the_large_model_is_a_hundred_times_as_large():
     layer = 4 * width * width + 3 * width * mlp + 2 * width
     return 96 * width + layers * layer + width
 
-  assert small == by_hand(8, 1, 16) == 1432
-  assert large == by_hand(64, 2, 272)
+  assert small == by_hand(16, 1, 32) == 4144
+  assert large == by_hand(96, 4, 224)
   assert 100 <= large / small < 101
 
 

@@ -183,3 +183,27 @@ def test_a_full_disk_ends_in_one_line(nothing, tmp_path, monkeypatch):
   monkeypatch.setattr(nothing.outcome.figure, "savefig", full)
   with pytest.raises(errors.UserError, match="No space left on device; free"):
     run(tmp_path)
+
+
+def test_time_adds_up_over_processes(nothing, tmp_path, monkeypatch):
+  """A study that was stopped and resumed took as long as both together."""
+  path = tmp_path / "run"
+  now = [0.0]
+  monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+  found = nothing.run
+
+  def stopped(*arguments):
+    now[0] += 100
+    raise KeyboardInterrupt
+
+  nothing.run = stopped
+  with pytest.raises(KeyboardInterrupt):
+    run(path)
+
+  def ends(*arguments):
+    now[0] += 7
+    return found(*arguments)
+
+  nothing.run = ends
+  run(path, resume=True)
+  assert json.loads((path / "study.json").read_text())["wall_s"] == 107
