@@ -28,9 +28,8 @@ def full() -> ConfigDict:
   config.trained = (16, 128)  # lengths that PPO learns with, rising
   config.tilt = 2.0  # β is tilt / √length
   config.seeds = 4  # from config.seed on, of each PPO
-  config.gain = 0.75  # share of the sampled runs' gain that is to be reached
-  config.window = 5  # steps of the mean that reaches it
-  config.last = 10  # steps at the end that the gain is measured on
+  config.window = 5  # steps of a mean in the figure
+  config.last = 10  # steps at the end that are averaged
   config.texts = 400  # of SFT, as long as the longest response with its prompt
   config.training = ppo.toy()
   config.training.seed = config.get_ref("seed").identity()

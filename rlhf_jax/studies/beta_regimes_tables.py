@@ -136,8 +136,8 @@ def paragraph(
   said = []
   for band in bands:
     seen = [
-      f"{_counted([m.words[place] for place in band.places])} ({m.pairs} pairs;"
-      f" {_lost(m, band)} runs with less gold than the SFT policy)"
+      f"{_counted([m.words[place] for place in band.places])} ({m.pairs}"
+      f" pairs, {_lost(m, band)})"
       for m in models
     ]
     said.append(f"{band.name}, said to be {band.word}: {'; '.join(seen)}")
@@ -153,7 +153,8 @@ def paragraph(
   return (
     f"{right} of {len(bands)} bands of β are what the claim says, under all"
     f" reward models, after {config.training.train.steps} steps. How many β are"
-    f" seen to do what: {'. '.join(said)}. The best β is {', '.join(bests)}."
+    " seen to do what, and how many runs end with less gold than the SFT"
+    f" policy: {'. '.join(said)}. The best β is {', '.join(bests)}."
     f" The conservative band has {', '.join(gains)} more gold than the standard"
     " one."
   )

@@ -5,8 +5,7 @@ and each estimator is read off their first so many tokens; intervals are of a
 bootstrap over responses. Learning: PPO from the same SFT policy, at a short and
 at a long length, with the sampled and with the Rao-Blackwellised gradient, all
 seeds of one kind in one sweep. Its objective, score less β · KL, is measured
-with the exact KL in both; times are in iterations, as in `rao_blackwell`, and
-intervals Student's over the pairs of a seed.
+with the exact KL in both; intervals are Student's over the pairs of a seed.
 
 `kl_noise_task` says what is written and paid. The advantages are Monte Carlo
 returns (λ = 1), so that all of the noise of a response's sampled penalty
@@ -43,7 +42,7 @@ def check(config: ConfigDict) -> None:
     ("at least 8", lambda x: x >= 8, "responses"),
     ("at least 100", lambda x: x >= 100, "resamples"),
     ("at least 10", lambda x: x >= 10, "texts"),
-    ("in (0, 1)", lambda x: 0 < x < 1, "left gain"),
+    ("in (0, 1)", lambda x: 0 < x < 1, "left"),
     ("above 0", lambda x: 0 < x < np.inf, "tilt"),
     ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
     (
@@ -152,7 +151,7 @@ def _tables(
       [
         (pace.length, *row)
         for pace in paces
-        for row in (pace.iterations, pace.objective, pace.kl)
+        for row in (pace.learning, pace.end, pace.kl)
       ],
     ),
     "runs": study.Table(
@@ -187,14 +186,12 @@ def _paragraph(
     f" and is {noise.left} of k1's at the longest."
   )
   for pace in paces:
-    saved, end = pace.iterations, pace.objective
-    gain = end.sampled - pace.start
+    mean, end = pace.learning, pace.end
     text += (
       f" PPO with {pace.length} tokens, β = {pace.beta:.3g}: Rao-Blackwellising"
-      f" changes the iterations to {config.gain:.0%} of the gain by"
-      f" {saved.difference:+.1f} ({saved.low:+.1f} to {saved.high:+.1f}) from"
-      f" {saved.sampled:.1f}, and score − β · KL at the end by"
-      f" {end.difference:+.3f} ({end.low:+.3f} to {end.high:+.3f}) from"
-      f" {end.sampled:.2f}, of which {gain:.2f} is gain."
+      f" changes score − β · KL by {mean.difference:+.3f} ({mean.low:+.3f} to"
+      f" {mean.high:+.3f}) from {mean.sampled:.3f} in the mean of all"
+      f" iterations, and by {end.difference:+.3f} ({end.low:+.3f} to"
+      f" {end.high:+.3f}) from {end.sampled:.3f} at the end."
     )
   return text

@@ -132,7 +132,9 @@ def estimates(
   found = evaluation.evaluate(
     run_config, writer, reference, reward, prompts, seed=config.seed
   ).comparison
-  log_ratio, _ = kl.clamp_log_ratio(found.logprobs - found.reference_logprobs)
+  log_ratio, _ = kl.clamp_log_ratio(
+    jnp.asarray(found.logprobs - found.reference_logprobs)
+  )
   per_token = (kl.k1(log_ratio), kl.k3(log_ratio), found.reverse_kl)
   columns = np.array(config.lengths) - 1
   return {

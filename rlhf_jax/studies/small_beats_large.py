@@ -24,6 +24,7 @@ import textwrap
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
@@ -260,7 +261,8 @@ def _row(seed, name, parameters, losses, floor, mine, large, language):
   nll = losses[f"retention/{retention.BUILT_IN}/nll"]
   wins = evaluation.win_rate(mine.gold, large.gold)
   by_score = evaluation.win_rate(mine.score, large.score)
-  errors = language.ungrammatical_pairs(mine.rollout.sequences)
+  sequences = jax.tree.map(jnp.asarray, mine.rollout.sequences)
+  faults = language.ungrammatical_pairs(sequences)
   return Measured(
     seed=seed,
     model=name,
@@ -268,7 +270,7 @@ def _row(seed, name, parameters, losses, floor, mine, large, language):
     nll=nll,
     above_floor=nll - floor,
     gold=float(mine.gold.mean()),
-    errors=float(errors.mean()),
+    errors=float(faults.mean()),
     kl=float(mine.reverse_exact.mean()),
     wins=wins["win/rate"],
     wins_low=wins["win/rate_low"],

@@ -149,7 +149,7 @@ def _module(config: ConfigDict) -> Any:
 
 @contextlib.contextmanager
 def _clock(workdir: workdir_lib.Workdir) -> Iterator[Callable[[], float]]:
-  """Seconds so far, those of earlier processes included; kept on the way out."""
+  """Seconds so far, with those of earlier processes; kept on the way out."""
   file = workdir.path / _ELAPSED
   before = json.loads(file.read_text())["wall_s"] if file.exists() else 0.0
   began = time.monotonic()

@@ -1,6 +1,8 @@
 """The study of β's regimes: its rule on planted gains, and a reduced run.
 
-MUTANTS
+Mutants that were tried and fail here: too few degrees of freedom; hacking
+without a high proxy; one reward model that is enough; usefulness by its mean;
+an error of β in place of runs; the first steps in place of the last.
 """
 
 import json

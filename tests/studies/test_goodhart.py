@@ -1,6 +1,8 @@
 """The study of overoptimisation: its rule on planted ends, a reduced run.
 
-MUTANTS
+Mutants that were tried and fail here: a peak that a seed chooses for itself;
+nothing to be kept; a fall that is not asked for; a penalty that need not have
+more gold, or less nonsense, than none; a mean in place of an interval's end.
 """
 
 import json
@@ -63,6 +65,20 @@ def test_all_parts_hold():
 def test_nonsense_that_does_not_look_fluent(fluent):
   found = verdict(ends(fluent=fluent), ends(**KEPT))
   assert found == "holds when the nonsense need not look fluent"
+
+
+def test_seeds_that_differ_do_not_look_fluent():
+  none = ends()._replace(fluent=np.array([1.0, 1.0, 1.0, 0.1, 0.1]))
+  assert verdict(none, ends(**KEPT)) != study.HOLDS
+
+
+def test_nonsense_alone_is_no_fall():
+  """Gold stays at its peak, and a penalty has more of it all the same."""
+  none = ends(gold=1.0, peak=0.99)
+  better = ends(**KEPT | {"gold": 2.0, "peak": 2.0})
+  assert verdict(none, better) == study.DOES_NOT_HOLD
+  fallen = ends(gold=0.5, peak=0.99)
+  assert verdict(fallen, better) != study.DOES_NOT_HOLD
 
 
 @pytest.mark.parametrize(
