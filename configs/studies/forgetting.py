@@ -48,7 +48,8 @@ def reduced() -> ConfigDict:
   config.seeds = 2
   config.prompts = 16
   config.resamples = 50
-  config.training.mix.batch_size = 8
+  config.training.mix.batch_size = 16
+  config.training.data.sequence_length = 32  # The fewer texts fill more rows.
   studies.shrink(config.training)
   return config
 

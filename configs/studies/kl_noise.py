@@ -2,6 +2,19 @@ r"""KL estimates get noisier with length; what the noise does to learning.
 
     python -m launch.study --config=configs/studies/kl_noise.py \
       --workdir=runs/kl_noise
+
+On two cores of a server CPU that twenty processes shared, in pieces: about half
+an hour. Verdict: holds. k1's deviation grows as the length to the power of 0.51
+(0.48 to 0.54), from 1.10 to 6.34 nats; the exact estimate's at 512 tokens is
+0.11 (0.10 to 0.12) of that. Its power, 0.22 (0.15 to 0.37), is below ½ because
+some responses go astray in their first words, which SFT on long texts sees
+rarely, and bring as much to every length. Beside the KL, which grows as the
+length, the noise of all of them falls.
+
+Learning: the mean of score − β · KL over 60 iterations is higher by 0.028
+(0.004 to 0.051, of 0.09) at 16 tokens and by 0.055 (0.019 to 0.092, of 0.24) at
+128; at the end nothing is resolved. The rule first had the iterations to 75 %
+of the gain, in which four seeds resolve nothing (−3.2, −7.8 to 1.3, at 128).
 """
 
 from ml_collections import ConfigDict

@@ -39,7 +39,7 @@ CLEAN, SHIFTED, ANCHORED = "clean", "shifted", "anchored"
 TUNED = {
   CLEAN: f"PPO, {NONE}",
   SHIFTED: f"PPO, {FOUND}",
-  ANCHORED: f"PPO, {FOUND}, charged clean",
+  ANCHORED: "PPO, the same, charged clean",
 }
 _FIELDS = {
   "kl.controller": "fixed",
@@ -110,14 +110,17 @@ def run(
   }
   return study.Outcome(
     verdict=rule.verdict(findings),
-    paragraph=_paragraph(found, arms, findings),
+    paragraph=_paragraph(
+      found, arms, findings, answers[TUNED[SHIFTED]][0][0].text
+    ),
     tables={
       **_tables(config, searched, found, arms, findings),
       "samples": study.Table(
-        f"The first held-out prompt of seed {config.seed} (| ends it), and what"
-        " is answered; the prefix is not shown",
+        f"A short held-out prompt of seed {config.seed} (| ends it), and what is"
+        " answered; the prefix is not shown",
         ("policy", "text"),
         [(name, of[0][0].text) for name, of in answers.items()],
+        shown=False,
       ),
     },
     figure=figure_lib.draw(
@@ -230,6 +233,16 @@ def _arms(answers) -> dict[str, rule.Arm]:
   return arms
 
 
+def _meanings(factor: float) -> tuple[str, ...]:
+  """What the fields of `rule.Finding` are."""
+  return (
+    "harm more than without a prefix",
+    "hidden: least KL of that harm − KL, shifted",
+    f"exposed: KL, clean − {factor:g} · KL, shifted",
+    "prevented: harm more than charged clean",
+  )
+
+
 def _tables(config, searched, found, arms, findings) -> dict[str, study.Table]:
   means = f"means over {config.seeds} seeds with 95 % intervals"
   return {
@@ -246,19 +259,28 @@ def _tables(config, searched, found, arms, findings) -> dict[str, study.Table]:
       f" that so much harm must have there; {means}",
       ("arm", "harm", "KL, shifted", "KL, clean", "least"),
       [
-        (name, *(str(intervals.of_mean(values)) for values in arm))
+        (
+          name,
+          str(intervals.of_mean(arm.harm)),
+          f"{intervals.of_mean(arm.shifted).mean:.2f}",
+          str(intervals.of_mean(arm.anchored)),
+          f"{intervals.of_mean(arm.least).mean:.2f}",
+        )
         for name, arm in arms.items()
       ],
     ),
     "findings": study.Table(
-      "What the rule reads: harm more than without a prefix; the least KL of"
-      " that harm less the shifted KL; the clean KL less"
-      f" {config.factor:g} times the shifted; harm more than when charged"
-      f" clean; {means} of pairs",
-      ("policy", "more harm", "hidden", "exposed", "prevented", "holds"),
+      f"What the rule reads, all of it above 0 where the claim holds; {means} of"
+      " pairs",
+      ("harmful words per response, or nats per response", *findings),
       [
-        (name, *(x and str(x) for x in of), rule.holds(of))
-        for name, of in findings.items()
+        *(
+          (meaning, *(x and str(x) for x in parts))
+          for meaning, parts in zip(
+            _meanings(config.factor), zip(*findings.values()), strict=True
+          )
+        ),
+        ("holds", *map(rule.holds, findings.values())),
       ],
     ),
     "seeds": study.Table(
@@ -278,6 +300,7 @@ def _paragraph(
   found: prefix_search.Found,
   arms: Mapping[str, rule.Arm],
   findings: Mapping[str, rule.Finding],
+  text: str,
 ) -> str:
   of = lambda name, field: intervals.of_mean(arms[name]._asdict()[field])
   trained = findings[TRAINED]
@@ -288,7 +311,7 @@ def _paragraph(
     f" clean prompt it is {of(FOUND, 'anchored')}, and under random prefixes"
     f" {of(RANDOM, 'anchored')} at {of(RANDOM, 'harm')} harmful words. PPO for"
     f" harm under the prefix ends with {of(TUNED[SHIFTED], 'harm')} harmful"
-    f" words, without it with {of(TUNED[CLEAN], 'harm')}; its KL to the"
+    f" words (“{text}”), without it with {of(TUNED[CLEAN], 'harm')}; its KL to the"
     f" reference that it is charged against is"
     f" {of(TUNED[SHIFTED], 'shifted')} nats, where so much harm is at least"
     f" {of(TUNED[SHIFTED], 'least').mean:.2f} nats from the clean reference;"

@@ -91,4 +91,6 @@ def _kls(
     " clean one"
   )
   axis.set_ylabel("KL, nats per response")
-  axis.legend(frameon=False, fontsize=9, loc="upper left")
+  axis.legend(
+    frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.1, 1)
+  )

@@ -37,7 +37,7 @@ class Answers(NamedTuple):
     harm: Harmful words.
     shifted: KL to the reference that reads the prefix, nats per response.
     anchored: KL to the reference on the clean prompt, nats per response.
-    text: The first answer, after its prompt without the prefix.
+    text: The answer to the shortest prompt, which it follows.
   """
 
   harm: np.ndarray
@@ -125,11 +125,12 @@ def _compared(
 
 
 def _text(policy, sequences) -> str:
-  """The first prompt and its answer."""
+  """A prompt, which leaves most to the writer, and its answer."""
   of = lambda ids: tokenizer_lib.decode(policy.tokenizer, ids.tolist())
-  prompt = sequences.prompt_tokens[0]
-  prompt = prompt[len(prompt) - sequences.prompt_lengths[0] :]
-  answer = sequences.response_tokens[0, : sequences.response_lengths[0]]
+  row = int(np.argmin(sequences.prompt_lengths))
+  prompt = sequences.prompt_tokens[row]
+  prompt = prompt[len(prompt) - sequences.prompt_lengths[row] :]
+  answer = sequences.response_tokens[row, : sequences.response_lengths[row]]
   return f"{of(prompt)} | {of(answer)}"
 
 

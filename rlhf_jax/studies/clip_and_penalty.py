@@ -52,7 +52,8 @@ Arms = Mapping[tuple[float, str], Runs]
 class Difference(NamedTuple):
   """What clipping, or the penalty, changes: mean and 95 % interval.
 
-  `wanted` is what the claim says of it, `true` whether the interval is there.
+  `wanted` is what the claim says of it, `true` whether the interval is there;
+  of some figures it says nothing.
   """
 
   clip: float
@@ -63,7 +64,7 @@ class Difference(NamedTuple):
   low: float
   high: float
   wanted: str
-  true: bool
+  true: bool | None
 
 
 def check(config: ConfigDict) -> None:
@@ -166,9 +167,9 @@ def differences(
     true = {
       "below 0": interval.high < 0,
       f"at least {-margin:g}": interval.low >= -margin,
-      "": True,
+      "": None,
     }[wanted]
-    return Difference(clip, figure, of, at, *interval, wanted, bool(true))
+    return Difference(clip, figure, of, at, *interval, wanted, true)
 
   def clipping(figure, penalty, wanted):
     pair = (clip, penalty), (no_clip, penalty)
@@ -196,7 +197,9 @@ def verdict(rows: list[Difference]) -> str:
   """The rule: all that is wanted of a clip range, for all or for some."""
   clips = dict.fromkeys(row.clip for row in rows)
   true = {
-    f"{clip:g}": all(row.true for row in rows if row.clip == clip)
+    f"{clip:g}": all(
+      row.true for row in rows if row.clip == clip and row.wanted
+    )
     for clip in clips
   }
   return study.verdict(true, "the clip range is")

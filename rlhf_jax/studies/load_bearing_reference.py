@@ -12,6 +12,10 @@ demonstrations. In the built-in language SFT is the pretraining, and so it is
 the same SFT, stopped after few steps: it knows the words, and much of which may
 follow which, and writes several ungrammatical pairs a response.
 
+DPO asks its reference about its pairs alone, which the SFT policy wrote, and
+never meets what the base writes; PPO is drawn to it. So a base may cost DPO
+less than PPO.
+
 SFT is the better reference than another where gold is higher, or where the
 policy stays nearer to SFT without measurably less gold: of two policies of the
 same gold, the one that has moved less has kept more of what SFT knew.
@@ -131,7 +135,9 @@ def run(
       paths.setdefault((PPO, held), []).append(member.path)
   starts = {("start", SFT): [begun.policy], ("start", BASE): [base]}
   starts = {name: of * len(seeds) for name, of in starts.items()}
-  arms = _measured(config, begun, starts | paths, seeds)
+  order = [(method, r) for method in (DPO, PPO) for r in (SFT, BASE, NONE)]
+  paths = starts | {name: paths[name] for name in order}
+  arms = _measured(config, begun, paths, seeds)
   comparisons = [
     compare(arms, method, other)
     for method in (DPO, PPO)
@@ -251,27 +257,26 @@ def _tables(config, arms, comparisons) -> dict[str, study.Table]:
 
 
 def _paragraph(config, arms, comparisons) -> str:
-  def ends(method):
-    return "; ".join(
-      f"{reference}: {arms[method, reference].gold.mean():.2f} at"
-      f" {arms[method, reference].kl.mean():.1f} nats, with"
-      f" {arms[method, reference].errors.mean():.1f} errors"
-      for reference in (SFT, BASE, NONE)
-    )
-
+  references = SFT, BASE, NONE
+  each = lambda method, field, digits: ", ".join(
+    f"{arms[method, r]._asdict()[field].mean():.{digits}f}" for r in references
+  )
   differences = "; ".join(
-    f"{c.method} against {c.other}: gold {c.gold:+.2f} ({c.gold_low:+.2f} to"
-    f" {c.gold_high:+.2f}), KL {c.kl:+.1f} nats ({c.kl_low:+.1f} to"
+    f"{c.method} against {c.other}: {c.gold:+.2f} ({c.gold_low:+.2f} to"
+    f" {c.gold_high:+.2f}) and {c.kl:+.1f} nats ({c.kl_low:+.1f} to"
     f" {c.kl_high:+.1f})"
     for c in comparisons
   )
   start, base = arms["start", SFT], arms["start", BASE]
   return (
-    f"Gold of responses, their KL to the SFT policy and their ungrammatical"
-    f" pairs by the reference, at β = {config.training.kl.beta:g}. DPO:"
-    f" {ends(DPO)}. PPO: {ends(PPO)}. The SFT policy itself has"
-    f" {start.gold.mean():.2f} and {start.errors.mean():.1f} errors, the base,"
-    f" which is its SFT after {config.base_steps} steps, has"
-    f" {base.gold.mean():.2f} and {base.errors.mean():.1f}. SFT as the"
-    f" reference less another: {differences}."
+    "With SFT, the base and nothing as the reference DPO ends at a gold of"
+    f" {each(DPO, 'gold', 2)} and PPO at {each(PPO, 'gold', 2)}, under"
+    f" β = {config.training.kl.beta:g}. Their KL to the SFT policy is"
+    f" {each(DPO, 'kl', 1)} and {each(PPO, 'kl', 1)} nats, their ungrammatical"
+    f" pairs a response {each(DPO, 'errors', 2)} and {each(PPO, 'errors', 2)}."
+    f" The SFT policy itself has a gold of {start.gold.mean():.2f} and"
+    f" {start.errors.mean():.2f} such pairs; the base, its SFT after"
+    f" {config.base_steps} steps, {base.gold.mean():.2f} and"
+    f" {base.errors.mean():.2f}. SFT as the reference less another, gold and"
+    f" KL: {differences}."
   )

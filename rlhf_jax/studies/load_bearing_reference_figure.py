@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib import axes as matplotlib_axes
 from matplotlib import figure as matplotlib_figure
+from matplotlib import ticker
 import numpy as np
 
 _STYLES = {
@@ -24,7 +25,7 @@ def draw(
       are start, which is the SFT policy and the base, DPO and PPO.
   """
   figure = matplotlib_figure.Figure(figsize=(11, 4.4), layout="constrained")
-  axes = figure.subplots(1, 2, sharey=True)
+  axes = figure.subplots(1, 2, sharex=True, sharey=True)
   for axis, method in zip(axes, ("DPO", "PPO")):
     _panel(axis, arms, method)
   axes[0].set_ylabel("gold reward, mean of held-out prompts")
@@ -63,6 +64,7 @@ def _panel(axis: matplotlib_axes.Axes, arms, method: str) -> None:
       label=f"reference: {reference}",
     )
   axis.set_xscale("symlog", linthresh=1)
+  axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
   axis.set_xlim(left=-0.1)
   axis.set_title(f"{method}: where it ends, a point a seed", fontsize=10)
   axis.set_xlabel("KL to the SFT policy, nats per response")

@@ -1,7 +1,4 @@
-"""The study of noise over length: its language, figures, rule, a reduced run.
-
-Mutants that were tried and fail here: PLACEHOLDER.
-"""
+"""The study of noise over length: its language, figures, rule, a reduced run."""
 
 import itertools
 import json

@@ -1,6 +1,7 @@
 """The study of a small policy against a large model: its rule, a reduced run.
 
-MUTANTS
+Mutants that were tried and fail here: the mean in place of the interval's end;
+any large model, whatever its loss; the small language model in RLHF's place.
 """
 
 import json
