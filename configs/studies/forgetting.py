@@ -1,6 +1,6 @@
 r"""The KL penalty only partly prevents forgetting off the RL distribution.
 
-    python -m launch.study --config=configs/studies/forgetting.py \
+python -m launch.study --config=configs/studies/forgetting.py \
       --workdir=runs/forgetting
 """
 

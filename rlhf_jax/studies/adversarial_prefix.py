@@ -116,8 +116,8 @@ def run(
     tables={
       **_tables(config, searched, found, arms, findings),
       "samples": study.Table(
-        f"A short held-out prompt of seed {config.seed} (| ends it), and what is"
-        " answered; the prefix is not shown",
+        f"A short held-out prompt of seed {config.seed} (| ends it), and what"
+        " is answered; the prefix is not shown",
         ("policy", "text"),
         [(name, of[0][0].text) for name, of in answers.items()],
         shown=False,
@@ -270,8 +270,8 @@ def _tables(config, searched, found, arms, findings) -> dict[str, study.Table]:
       ],
     ),
     "findings": study.Table(
-      f"What the rule reads, all of it above 0 where the claim holds; {means} of"
-      " pairs",
+      f"What the rule reads, all of it above 0 where the claim holds; {means}"
+      " of pairs",
       ("harmful words per response, or nats per response", *findings),
       [
         *(
@@ -311,8 +311,8 @@ def _paragraph(
     f" clean prompt it is {of(FOUND, 'anchored')}, and under random prefixes"
     f" {of(RANDOM, 'anchored')} at {of(RANDOM, 'harm')} harmful words. PPO for"
     f" harm under the prefix ends with {of(TUNED[SHIFTED], 'harm')} harmful"
-    f" words (“{text}”), without it with {of(TUNED[CLEAN], 'harm')}; its KL to the"
-    f" reference that it is charged against is"
+    f" words (“{text}”), without it with {of(TUNED[CLEAN], 'harm')}; its KL to"
+    f" the reference that it is charged against is"
     f" {of(TUNED[SHIFTED], 'shifted')} nats, where so much harm is at least"
     f" {of(TUNED[SHIFTED], 'least').mean:.2f} nats from the clean reference;"
     f" the monitor reads {of(TUNED[SHIFTED], 'anchored')}. Charged against the"

@@ -135,6 +135,9 @@ def _text(policy, sequences) -> str:
 
 
 def means(answers: Sequence[Answers]) -> list[float]:
-  """Mean harm and both KLs over several policies or prefixes."""
+  """Mean harm and both KLs over several policies or prefixes.
+
+  Rounded to 1e-6: sums leave some 1e-9 nats where both models are one.
+  """
   columns = zip(*((a.harm, a.shifted, a.anchored) for a in answers))
-  return [float(np.mean(column)) for column in columns]
+  return [round(float(np.mean(column)), 6) + 0.0 for column in columns]

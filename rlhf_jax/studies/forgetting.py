@@ -200,6 +200,7 @@ def _runs_table(config, arms: Arms) -> study.Table:
 
 def _paragraph(config, found: rule.Finding, arms: Arms, mixes, predictors):
   gold = lambda runs: rule.column(runs, "gold")
+  off = lambda runs: f"{rule.column(runs, 'off_gold').mean():.2f}"
   best = arms[f"β = {found.best:g}"]
   more = "; ".join(
     f"{KINDS[kind]} {_fine(interval)}, for"
@@ -216,8 +217,10 @@ def _paragraph(config, found: rule.Finding, arms: Arms, mixes, predictors):
     f" the NLL of other texts by {_fine(none)} nats per token without a"
     f" penalty; the β with the best gold on the task, {found.best:g}, prevents"
     f" {_fine(found.prevented)} of it and leaves {_fine(found.left)}. With"
-    f" general texts in the loss beside it there is less: by {more}. Rank"
-    f" correlation with forgetting: {ranks}; the second less the first:"
+    f" general texts in the loss beside it there is less: by {more}. Part of"
+    " it is the reward's lesson, carried over: gold off the task is"
+    f" {off(arms['SFT policy'])} before PPO, {off(best)} after, and with the"
+    f" texts {', '.join(map(off, mixes.values()))}. Rank correlation with forgetting: {ranks}; the second less the first:"
     f" {difference.spearman:+.2f} ({difference.low:+.2f} to"
     f" {difference.high:+.2f})."
   )

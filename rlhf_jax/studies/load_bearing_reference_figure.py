@@ -28,6 +28,7 @@ def draw(
   axes = figure.subplots(1, 2, sharex=True, sharey=True)
   for axis, method in zip(axes, ("DPO", "PPO")):
     _panel(axis, arms, method)
+  axes[0].set_xlim(left=-0.1)  # Of both, which now have all their points.
   axes[0].set_ylabel("gold reward, mean of held-out prompts")
   handles, labels = axes[0].get_legend_handles_labels()
   figure.legend(
@@ -65,7 +66,6 @@ def _panel(axis: matplotlib_axes.Axes, arms, method: str) -> None:
     )
   axis.set_xscale("symlog", linthresh=1)
   axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
-  axis.set_xlim(left=-0.1)
   axis.set_title(f"{method}: where it ends, a point a seed", fontsize=10)
   axis.set_xlabel("KL to the SFT policy, nats per response")
   axis.spines[["top", "right"]].set_visible(False)

@@ -20,68 +20,27 @@ hundredths of a nat of its entropy, so that the two are nearly even before RLHF,
 where GPT-3 of 175B is far ahead of that of 1.3B.
 """
 
-import textwrap
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
 from rlhf_jax import errors
-from rlhf_jax.host import (
-  evaluation,
-  retention,
-  roles,
-  toy_language,
-  validate,
-)
 from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.host import toy_language, validate
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.models import transformer
-from rlhf_jax.steps import evaluate as evaluate_lib
 from rlhf_jax.studies import (
   intervals,
   small_beats_large_figure,
   study,
   toy_runs,
 )
+from rlhf_jax.studies import small_beats_large_models as models_lib
 
-SMALL, RLHF, LARGE = "small", "small, RLHF", "large"
-_TEXT_WIDTH = 80  # columns of a sample
 _LARGE = {"stage": "sft", "policy.path": "", "data.path": ""}
-
-
-class Measured(NamedTuple):
-  """A model of one seed, on held-out prompts and texts.
-
-  Attributes:
-    nll: Of held-out texts, nats per token.
-    above_floor: What of it the language itself does not have.
-    gold: The mean of its responses.
-    errors: Ungrammatical pairs a response.
-    kl: To the small language model, nats per response; of the large model 0,
-      as it is compared with itself.
-    wins: Share of prompts where its gold is above the large model's; a tie
-      counts half.
-    wins_low: The end of its 95 % interval over prompts, as `wins_high`.
-    wins_by_score: The same share by the seed's reward model.
-  """
-
-  seed: int
-  model: str
-  parameters: int
-  nll: float
-  above_floor: float
-  gold: float
-  errors: float
-  kl: float
-  wins: float
-  wins_low: float
-  wins_high: float
-  wins_by_score: float
 
 
 class Judged(NamedTuple):
@@ -143,13 +102,16 @@ def run(
   begun = toy_runs.start(config.training, workdir, console)
   large = toy_runs.made("large", config.large, workdir, console)
   sweep = toy_runs.from_start(_sweep(config), begun)
-  models = _Models(config, begun, large)
+  models = models_lib.Models(config, begun, large)
   measured, samples = [], []
   for member in toy_runs.members(toy_runs.made("ppo", sweep, workdir, console)):
     rows, texts = models.compare(member, console)
     measured += rows
     samples = samples or texts
-  judged = [judge(measured, model) for model in (SMALL, RLHF, LARGE)]
+  judged = [
+    judge(measured, model)
+    for model in (models_lib.SMALL, models_lib.RLHF, models_lib.LARGE)
+  ]
   return study.Outcome(
     verdict=verdict(measured),
     paragraph=_paragraph(config, measured, judged),
@@ -158,21 +120,22 @@ def run(
   )
 
 
-def verdict(measured: list[Measured]) -> str:
+def verdict(measured: list[models_lib.Measured]) -> str:
   """The rule: the small policy wins, against the better language model.
 
   Both by intervals over seeds: more than half of the prompts, and a loss that
   is lower than that of the small language model.
   """
-  wins = intervals.of_mean(_column(measured, RLHF, "wins"))
+  wins = intervals.of_mean(_column(measured, models_lib.RLHF, "wins"))
   lead = intervals.of_difference(
-    _column(measured, SMALL, "nll"), _column(measured, LARGE, "nll")
+    _column(measured, models_lib.SMALL, "nll"),
+    _column(measured, models_lib.LARGE, "nll"),
   )
   holds = wins.low > 0.5 and lead.low > 0
   return study.HOLDS if holds else study.DOES_NOT_HOLD
 
 
-def judge(measured: list[Measured], model: str) -> Judged:
+def judge(measured: list[models_lib.Measured], model: str) -> Judged:
   """One model's means, with intervals over seeds."""
   column = lambda field: _column(measured, model, field)
   return Judged(
@@ -185,7 +148,9 @@ def judge(measured: list[Measured], model: str) -> Judged:
   )
 
 
-def _column(measured: list[Measured], model: str, field: str) -> list[float]:
+def _column(
+  measured: list[models_lib.Measured], model: str, field: str
+) -> list[float]:
   return [row._asdict()[field] for row in measured if row.model == model]
 
 
@@ -198,114 +163,9 @@ def _parameters(config: ConfigDict) -> int:
   """Of the model that would start at random."""
   vocab_size = len(toy_language.of(config).vocabulary)
   model = pretrained_lib.architecture(config, vocab_size=vocab_size)
-  return _count(
+  return models_lib.count(
     jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
   )
-
-
-def _count(params) -> int:
-  return sum(x.size for x in jax.tree.leaves(params))
-
-
-class _Models:
-  """The models that all seeds share; each seed's policy is compared to them."""
-
-  def __init__(self, config, begun, large):
-    fields = {"evaluate.prompts": config.prompts}
-    self._config = toy_runs.varied(
-      toy_runs.from_start(config.training, begun), fields
-    )
-    self._small = pretrained_lib.load(str(begun.policy), self._config)
-    self._large = pretrained_lib.load(str(large), self._config)
-    self._reward = roles.reward(self._config, self._small)
-
-  def compare(self, member, console):
-    """A row a model, and what they write to the first prompt."""
-    config = toy_runs.varied(self._config, {"seed": member.seed})
-    models = {
-      SMALL: self._small,
-      RLHF: pretrained_lib.load(str(member.path), config),
-      LARGE: self._large,
-    }
-    prompts = evaluation.heldout_prompts(config, self._small, console)
-    found = {
-      # Streams of their own: responses of two models are independent.
-      name: evaluation.evaluate(
-        config,
-        model,
-        self._large if name == LARGE else self._small,
-        self._reward,
-        prompts,
-        seed=evaluation.seed_of(member.seed, stream),
-      )
-      for stream, (name, model) in enumerate(models.items())
-    }
-    floor = _floor(config)
-    rows = [
-      _row(
-        member.seed,
-        name,
-        _count(models[name].params),
-        retention.losses(config, models[name], models[name], console),
-        floor,
-        found[name],
-        found[LARGE],
-        toy_language.of(config),
-      )
-      for name in models
-    ]
-    return rows, _first_texts(self._small, found)
-
-
-def _row(seed, name, parameters, losses, floor, mine, large, language):
-  nll = losses[f"retention/{retention.BUILT_IN}/nll"]
-  wins = evaluation.win_rate(mine.gold, large.gold)
-  by_score = evaluation.win_rate(mine.score, large.score)
-  sequences = jax.tree.map(jnp.asarray, mine.rollout.sequences)
-  faults = language.ungrammatical_pairs(sequences)
-  return Measured(
-    seed=seed,
-    model=name,
-    parameters=parameters,
-    nll=nll,
-    above_floor=nll - floor,
-    gold=float(mine.gold.mean()),
-    errors=float(faults.mean()),
-    kl=float(mine.reverse_exact.mean()),
-    wins=wins["win/rate"],
-    wins_low=wins["win/rate_low"],
-    wins_high=wins["win/rate_high"],
-    wins_by_score=by_score["win/rate"],
-  )
-
-
-def _floor(config: ConfigDict) -> float:
-  """The language's own NLL of the texts that `retention` takes, per token."""
-  language = toy_language.of(config)
-  texts = language.sample_texts(
-    evaluation.HELD_OUT + config.seed,
-    config.evaluate.prompts,
-    config.data.opening,
-  )
-  nats = sum(language.negative_log_likelihood(*text) for text in texts)
-  return nats / sum(len(response) for _, response in texts)
-
-
-def _first_texts(
-  model: pretrained_lib.Pretrained,
-  found: dict[str, evaluate_lib.Evaluation],
-) -> list[tuple[str, str]]:
-  """What each model answers to the first prompt."""
-  decode = lambda ids: tokenizer_lib.decode(model.tokenizer, ids.tolist())
-  texts = []
-  for name, of in found.items():
-    sequences = of.rollout.sequences
-    prompt = sequences.prompt_tokens[0]
-    prompt = prompt[len(prompt) - sequences.prompt_lengths[0] :]
-    response = sequences.response_tokens[0, : sequences.response_lengths[0]]
-    text = f"{decode(prompt)} | {decode(response)}"
-    texts.append((name, textwrap.shorten(text, _TEXT_WIDTH, placeholder=" …")))
-  return texts
 
 
 def _tables(config, measured, judged, samples) -> dict[str, study.Table]:
@@ -329,7 +189,7 @@ def _tables(config, measured, judged, samples) -> dict[str, study.Table]:
     ),
     "seeds": study.Table(
       "Every seed; the intervals of wins are over its prompts",
-      Measured._fields,
+      models_lib.Measured._fields,
       measured,
       shown=False,
     ),
@@ -338,16 +198,17 @@ def _tables(config, measured, judged, samples) -> dict[str, study.Table]:
 
 def _without_itself(row: Judged) -> tuple[study.Cell, ...]:
   """The large model does not play against itself."""
-  if row.model != LARGE:
+  if row.model != models_lib.LARGE:
     return row
   return (*row[: Judged._fields.index("wins")], None, None, None, None)
 
 
 def _paragraph(config, measured, judged) -> str:
   small, rlhf, large = judged
-  nats = float(np.mean(_column(measured, RLHF, "kl")))
+  nats = float(np.mean(_column(measured, models_lib.RLHF, "kl")))
   lead = intervals.of_difference(
-    _column(measured, SMALL, "nll"), _column(measured, LARGE, "nll")
+    _column(measured, models_lib.SMALL, "nll"),
+    _column(measured, models_lib.LARGE, "nll"),
   )
   return (
     f"The RLHF policy of {rlhf.parameters:,} parameters is preferred to the raw"

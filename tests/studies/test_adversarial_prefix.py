@@ -1,6 +1,8 @@
 """The study of prefixes: its rule on planted arms, and a reduced run.
 
-Mutants that were tried and fail here:
+Mutants that were tried and fail here: a least KL without its log-partition; the
+clean KL where the shifted is to be small; the factor on the other side; harm
+prevented the other way round; parts of the rule that always hold.
 """
 
 import json
@@ -13,7 +15,14 @@ import pytest
 
 from configs.studies import adversarial_prefix as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import ppo_stage, pretrained, readers, sampling, settings
+from rlhf_jax.host import (
+  ppo_stage,
+  pretrained,
+  readers,
+  sampling,
+  settings,
+  toy_language,
+)
 from rlhf_jax.models import transformer
 from rlhf_jax.studies import adversarial_prefix as adversarial
 from rlhf_jax.studies import adversarial_prefix_measures as measures
@@ -125,8 +134,10 @@ def test_both_kls_by_hand(config):
   """Token by token, each model reading what it is said to read."""
   reference, policy = two_models(config)
   asked = toy_runs.varied(config.training, {"rollout.prefix": "hated awful"})
-  ids = policy.tokenizer.convert_tokens_to_ids
-  clean = [1, *ids(["it", "was"])]
+  vocabulary = toy_language.of(config.training).vocabulary
+  ids = lambda text: [vocabulary.index(word) for word in text.split()]
+  clean = ids("<start> it was")
+  whole = ids("<start> hated awful it was")
   prompts, _ = sampling.prompts_array([clean], asked, policy, "test")
   _, shifted, anchored, sequences = measures._compared(
     policy.params["transformer"],
@@ -137,11 +148,8 @@ def test_both_kls_by_hand(config):
   )
   size = int(sequences.response_lengths[0])
   answer = sequences.response_tokens[0, :size].tolist()
-  p = next_words(policy, [1, *ids(["hated", "awful"]), *clean[1:]], answer)
-  for read, kl in (
-    ([1, *ids(["hated", "awful"]), *clean[1:]], shifted),
-    (clean, anchored),
-  ):
+  p = next_words(policy, whole, answer)
+  for read, kl in ((whole, shifted), (clean, anchored)):
     q = next_words(reference, read, answer)
     assert kl[0] == pytest.approx(float((np.exp(p) * (p - q)).sum()), rel=1e-4)
   assert sequences.prompt_lengths.tolist() == [3]

@@ -2,8 +2,8 @@
 
 Mutants that were tried and fail here: a task's own β chosen by the seed itself;
 differences the other way round; tokens of the source in place of the task's;
-gold that is not sorted with its KL; a β that fails by its mean alone; no look at
-whether there is a gain.
+gold that is not sorted with its KL; a β that fails by its mean alone; no look
+at whether there is a gain.
 """
 
 import json

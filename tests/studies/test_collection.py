@@ -64,6 +64,8 @@ def test_nothing_runs_where_one_cannot(configs, tmp_path):
   with pytest.raises(errors.UserError, match="second: holds a run"):
     collection.run(configs, str(tmp_path), resume=False)
   configs["second"].size = 0
-  with pytest.raises(errors.UserError, match=r"config\.size: 0; wanted above 0"):
+  with pytest.raises(
+    errors.UserError, match=r"config\.size: 0; wanted above 0"
+  ):
     collection.run(configs, str(tmp_path), resume=True)
   assert runs("first") == []

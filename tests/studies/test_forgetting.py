@@ -1,6 +1,8 @@
 """The study of forgetting: its rule on planted figures, and a reduced run.
 
-Mutants that were tried and fail here:
+Mutants that were tried and fail here: ends of intervals exchanged; a penalty
+that may prevent nothing; the difference of predictors turned round; mixes'
+intervals one by one; the β of the lowest gold.
 """
 
 import io

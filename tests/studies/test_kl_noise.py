@@ -1,4 +1,4 @@
-"""The study of noise over length: its language, figures, rule, a reduced run."""
+"""The study of noise over length: language, figures, rule, a reduced run."""
 
 import itertools
 import json

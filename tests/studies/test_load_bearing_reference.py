@@ -1,6 +1,8 @@
 """The study of what a reference does: its rule, DPO's members, a reduced run.
 
-MUTANTS
+Mutants that were tried and fail here: nearer, whatever the gold; the mean in
+place of the interval's end; the difference the other way round; one reference
+for all members of DPO.
 """
 
 import json
@@ -203,6 +205,7 @@ def test_dpo_members_are_those_that_one_would_train_alone(workdir):
   pairs = rows[SFT, 1].pairs
   for name, reference in references.items():
     held = rows[name, 1].reference
+    assert held is not None
     assert rows[name, 1].pairs is pairs
     wanted = (jnp.zeros(len(held[0])),) * 2
     if reference is not None:

@@ -14,9 +14,10 @@ from configs.studies import small_beats_large as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import evaluation, pretrained, toy_language
 from rlhf_jax.studies import small_beats_large as study_lib
+from rlhf_jax.studies import small_beats_large_models as models_lib
 from rlhf_jax.studies import study
 
-SMALL, RLHF, LARGE = study_lib.SMALL, study_lib.RLHF, study_lib.LARGE
+SMALL, RLHF, LARGE = models_lib.SMALL, models_lib.RLHF, models_lib.LARGE
 
 
 def planted(wins, lead, *, noise=0.02, seeds=5):
@@ -27,7 +28,7 @@ def planted(wins, lead, *, noise=0.02, seeds=5):
     for model, nll in ((SMALL, 2.0 + lead), (RLHF, 2.2), (LARGE, 2.0)):
       mine = {SMALL: 0.45, RLHF: wins, LARGE: 0.5}[model]
       rows.append(
-        study_lib.Measured(
+        models_lib.Measured(
           seed=seed,
           model=model,
           parameters=10 if model != LARGE else 1000,

@@ -54,7 +54,7 @@ def test_weights_are_the_language_s(texts):
   drawn = [w for text in texts for w in words(text) if w in HARMFUL]
   verdicts = [word for word in drawn if word != "hated"]
   share = verdicts.count("boring") / len(verdicts)  # 2 of 2 + 1 + 1.
-  assert share == pytest.approx(0.5, abs=0.15)
+  assert share == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_seed_says_all(texts):
