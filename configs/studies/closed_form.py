@@ -22,10 +22,10 @@ def full() -> ConfigDict:
   config = studies.new(
     study="closed_form",
     claim=(
-      "With the sequence's reverse KL, PPO, RLOO, REINFORCE++ and GRPO without"
-      " group normalisation end at the optimum in closed form; with another"
-      " penalty they end, visibly below it, where that penalty's expected"
-      " gradient and the reward's cancel."
+      "DPO, and with the sequence's reverse KL PPO, RLOO, REINFORCE++ and GRPO"
+      " without group normalisation, end at the optimum in closed form; with"
+      " another penalty they end, visibly below it, where that penalty's"
+      " expected gradient and the reward's cancel."
     ),
     source=(
       "Rafailov et al. 2023 (arXiv:2305.18290), equation 4; the penalties of"
@@ -40,7 +40,7 @@ def full() -> ConfigDict:
   config.width = 16
 
   # Who learns it: RLOO also with wrong penalties, then what else PPO can do.
-  config.algorithms = ("PPO", "RLOO", "REINFORCE++", "GRPO")
+  config.algorithms = ("PPO", "RLOO", "REINFORCE++", "GRPO", "DPO")
   config.betas = (0.05, 0.1, 0.5, 1.0)  # reward units per nat; rewards: sd 1
   config.wrong = (
     "token_reverse",
@@ -78,7 +78,7 @@ def reduced() -> ConfigDict:
   """For the tests: one algorithm, one β, fewer samples."""
   config = full()
   config.other_tasks = 2
-  config.algorithms = ("RLOO",)
+  config.algorithms = ("RLOO", "DPO")
   config.betas = (1.0,)
   config.wrong = ("token_forward", "k3_in_reward")
   config.others = False

@@ -2,6 +2,15 @@ r"""The KL penalty only partly prevents forgetting off the RL distribution.
 
 python -m launch.study --config=configs/studies/forgetting.py \
       --workdir=runs/forgetting
+
+On two cores of a server CPU that some twenty other processes shared: 55 min, of
+which 11 min of CPU time. Verdict: holds. Four seeds, 95 % intervals: the NLL of
+texts that PPO does not see rises by 4.82 nats per token (4.12 to 5.52) without
+a penalty and by 0.63 (0.46 to 0.80) under β = 0.1, whose gold on the task is
+the best. With general texts beside it the rise is 0.62 nats less (0.36 to 0.89
+over all three kinds), for 0.20 to 0.25 less gold. Rank correlation with the
+rise over 32 runs: reverse KL on the task 0.94 (0.80 to 0.98), forward 0.95
+(0.85 to 0.99); the difference is not resolved.
 """
 
 from ml_collections import ConfigDict

@@ -195,7 +195,7 @@ def _kto_baseline(params, mismatched, config):
 def init_state(
   policy: types.Params,
   *,
-  beta: float,
+  beta: float | Float[Array, ""],
   optimizer: optax.GradientTransformation,
 ) -> types.TrainState:
   """The state before step 0. `policy`: `{"transformer"}`."""

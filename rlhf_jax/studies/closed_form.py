@@ -17,10 +17,15 @@ from rich import console as rich_console
 from rlhf_jax.host import progress as progress_lib
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.studies import closed_form_arms as arms_lib
-from rlhf_jax.studies import closed_form_figure, enumerable, study
+from rlhf_jax.studies import (
+  closed_form_dpo,
+  closed_form_figure,
+  enumerable,
+  study,
+)
 from rlhf_jax.studies import closed_form_runs as runs
 
-_BY = {"sampled": "sampled", "rao_blackwellised": "rao-bl."}
+_BY = {"sampled": "sampled", "rao_blackwellised": "rao-bl.", "pairs": "pairs"}
 
 
 def check(config: ConfigDict) -> None:
@@ -61,7 +66,12 @@ def check(config: ConfigDict) -> None:
     ),
     (f"a divisor of steps={steps}", divides(steps), "evaluations"),
     (f"1 to evaluations={top}", lambda x: 1 <= x <= top, "last"),
-    (f"a divisor of batch_size={batch}", divides(batch), "minibatches"),
+    ("even", lambda x: x % 2 == 0, "batch_size"),
+    (
+      f"a divisor of half of batch_size={batch}",
+      divides(batch // 2),
+      "minibatches",
+    ),
     (
       f"at least 2, and a divisor of batch_size={batch}",
       lambda x: x >= 2 and batch % x == 0,
@@ -119,14 +129,18 @@ def _train(task, config, console):
       members = runs.members(
         program.betas, seeds=config.seeds, key=jax.random.key(config.seed)
       )
-      policies = runs.train(
-        task,
-        config,
-        program.penalties,
-        members,
-        program.settings,
-        tell=lambda done=done: progress.update(next(done), {}),
-      )
+      tell = lambda done=done: progress.update(next(done), {})
+      if program.algorithm == arms_lib.DPO:
+        policies = closed_form_dpo.train(task, config, members, tell=tell)
+      else:
+        policies = runs.train(
+          task,
+          config,
+          program.penalties,
+          members,
+          program.settings,
+          tell=tell,
+        )
       trained.append((program, policies))
   return trained
 
@@ -201,12 +215,14 @@ def _tables(config, arms, normalised, noise, plateaus):
 def _paragraph(arms, normalised, noise, plateaus) -> str:
   right = [arm for arm in arms if arm.is_right]
   wrong = [arm for arm in arms if arm.is_wrong]
-  worst = min(right, key=lambda arm: arm.lowest)
+  dpo = [arm for arm in right if arm.algorithm == arms_lib.DPO]
+  online = [arm for arm in right if arm.algorithm != arms_lib.DPO]
+  worst = min(online, key=lambda arm: arm.lowest)
   apart = max(wrong, key=lambda arm: abs(arm.reached - arm.predicted))
   nearest = max(wrong, key=lambda arm: arm.reached)
   farthest = min(wrong, key=lambda arm: arm.reached)
   text = (
-    f"With the sequence's reverse KL all {len(right)} arms reach"
+    f"With the sequence's reverse KL all {len(online)} arms of RL reach"
     f" {worst.lowest:.2%} of J* − J(π_ref) or more in every seed (the least:"
     f" {worst.algorithm}, {worst.estimator}, β = {worst.beta:g}). Other"
     f" penalties end between {farthest.reached:.1%} ({farthest.penalty}) and"
@@ -214,6 +230,13 @@ def _paragraph(arms, normalised, noise, plateaus) -> str:
     f" leads, within {abs(apart.reached - apart.predicted):.1%}"
     f" ({apart.penalty})."
   )
+  if dpo:
+    each = ", ".join(
+      f"{arm.reached:.1%} at β = {arm.beta:g} ({arm.lowest:.1%} to"
+      f" {arm.highest:.1%})"
+      for arm in dpo
+    )
+    text += f" DPO on pairs of as many of π_ref's responses reaches {each}."
   if normalised:
     furthest = min(normalised, key=lambda row: row.reached)
     text += (

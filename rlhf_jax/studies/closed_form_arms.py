@@ -19,12 +19,15 @@ from rlhf_jax.studies import enumerable
 SEQUENCE = "sequence_reverse"
 SAMPLED = (SEQUENCE, "sampled")
 RAO_BLACKWELLISED = (SEQUENCE, "rao_blackwellised")
+PAIRS = (SEQUENCE, "pairs")  # DPO's: its loss is of preferences
 NORMALISED = "GRPO, norm."
+DPO = "DPO"
 RIGHT: dict[str, dict[str, Any]] = {
   "PPO": {"advantages": "gae", "gae_lambda": 1.0},
   "RLOO": {"advantages": "rloo"},
   "REINFORCE++": {"advantages": "reinforce_pp"},
   "GRPO": {"advantages": "grpo", "normalise_groups": False},
+  DPO: {},
 }
 WRONG = {name: key for key in kl.PENALTIES if (name := key[0]) != SEQUENCE}
 
@@ -128,9 +131,14 @@ def programs(config: ConfigDict) -> list[Program]:
   penalties = {
     "PPO": both,
     "RLOO": (both[0] + wrong, both[1] + len(wrong) * (config.wrong_betas,)),
+    DPO: ((PAIRS,), (config.betas,)),
   }
   chosen = [
-    Program(name, _settings(RIGHT[name]), *penalties.get(name, one))
+    Program(
+      name,
+      {} if name == DPO else _settings(RIGHT[name]),
+      *penalties.get(name, one),
+    )
     for name in config.algorithms
   ]
   others = {NORMALISED: {"advantages": "grpo"}}
@@ -200,7 +208,7 @@ def ways(
   ):
     last = lambda x: x[-config.last :].mean(0)
     of_seeds = last(reached)
-    has_prediction = algorithm in RIGHT
+    has_prediction = algorithm in RIGHT and algorithm != DPO
     arm = Arm(
       algorithm,
       penalty=penalty[0],

@@ -10,6 +10,7 @@ from rlhf_jax.studies import closed_form_arms as arms_lib
 
 _COLOURS = ("tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown")
 _REACHED, _WRONG = "tab:blue", "tab:red"
+_STYLES = {"sampled": "-", "rao_blackwellised": ":", "pairs": "--"}
 
 
 def draw(
@@ -54,7 +55,7 @@ def _values(axis, ways, colours, samples) -> None:
 
 def _distances(axis, ways, colours, samples) -> None:
   for way in ways:
-    style = "-" if way.arm.estimator == "sampled" else ":"
+    style = _STYLES[way.arm.estimator]
     axis.plot(
       _x(way, samples),
       way.to_optimum,
@@ -63,8 +64,13 @@ def _distances(axis, ways, colours, samples) -> None:
       alpha=0.8,
       lw=1.2,
     )
-  for style, label in (("-", "sampled"), (":", "Rao-Blackwellised")):
-    axis.plot([], [], style, color="0.4", label=label)
+  labels = {
+    "sampled": "sampled",
+    "rao_blackwellised": "Rao-Blackwellised",
+    "pairs": "DPO",
+  }
+  for estimator in dict.fromkeys(way.arm.estimator for way in ways):
+    axis.plot([], [], _STYLES[estimator], color="0.4", label=labels[estimator])
   axis.set_yscale("log")
   axis.set_title("How far from π*?", fontsize=10)
   axis.set_xlabel("responses seen")

@@ -89,7 +89,7 @@ def train(
     tell: Called after each evaluation.
   """
   updates = config.steps * config.epochs * config.minibatches
-  optimizer = _optimizer(config, updates)
+  optimizer = make_optimizer(config, updates)
   controller = beta_lib.fixed()
   prompts = types.Prompts(
     jnp.tile(jnp.array(enumerable.PROMPT), (config.batch_size, 1)),
@@ -170,7 +170,7 @@ def predict(
   """
   oracle = task.oracle()
   penalty = chosen(penalties, index)
-  optimizer = _optimizer(config, config.prediction_steps)
+  optimizer = make_optimizer(config, config.prediction_steps)
 
   def expected_loss(params):
     logits = task.levels(params)
@@ -207,7 +207,10 @@ def chosen(penalties: Sequence[PenaltyName], index: Array) -> kl.Penalty:
   return kl.Penalty("", in_reward, in_loss, needs_reference=True)
 
 
-def _optimizer(config: ConfigDict, updates: int):
+def make_optimizer(
+  config: ConfigDict, updates: int
+) -> optax.GradientTransformation:
+  """Adam with a learning rate that falls to 0 over the updates."""
   return optimizer_lib.make(
     optimizer_lib.OptimizerConfig(
       learning_rate=config.learning_rate,

@@ -169,8 +169,8 @@ def _means_tables(config, arms: Arms, none, best: float):
     ),
     "kls": study.Table(
       f"Means over {config.seeds} seeds: gold off the task; KL, nats per"
-      " response",
-      ("arm", "gold off", *rule.PREDICTORS.values()),
+      " response, reverse and forward, on the task and off it",
+      ("arm", "gold off", "reverse", "forward", "reverse off", "forward off"),
       [
         (name, *(of(runs, x).mean for x in ("off_gold", *rule.PREDICTORS)))
         for name, runs in arms.items()
@@ -220,7 +220,8 @@ def _paragraph(config, found: rule.Finding, arms: Arms, mixes, predictors):
     f" general texts in the loss beside it there is less: by {more}. Part of"
     " it is the reward's lesson, carried over: gold off the task is"
     f" {off(arms['SFT policy'])} before PPO, {off(best)} after, and with the"
-    f" texts {', '.join(map(off, mixes.values()))}. Rank correlation with forgetting: {ranks}; the second less the first:"
+    f" texts {', '.join(map(off, mixes.values()))}. Rank correlation with"
+    f" forgetting: {ranks}; the second less the first:"
     f" {difference.spearman:+.2f} ({difference.low:+.2f} to"
     f" {difference.high:+.2f})."
   )
