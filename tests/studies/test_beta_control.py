@@ -174,8 +174,8 @@ def test_runs_differ_in_their_controllers_only(workdir):
 def test_resume_does_what_is_missing(workdir, monkeypatch):
   done = []
 
-  def again(config, opened, *, resume, console):
-    done.append((opened.path.name, resume))
+  def again(config, opened, *, console):
+    done.append(opened.path.name)
     opened.write_summary(summary)
     return summary
 
@@ -185,7 +185,7 @@ def test_resume_does_what_is_missing(workdir, monkeypatch):
   (workdir / "study.json").unlink()
   (workdir / "trust/summary.json").unlink()
   study.run(config_file.get_config("reduced"), str(workdir), resume=True)
-  assert done == [("trust", True)]
+  assert done == ["trust"]
   drop = lambda text: {
     name: x for name, x in json.loads(text).items() if name != "wall_s"
   }
