@@ -5,14 +5,17 @@ r"""A sweep of many β against as many single runs, as a user would start them.
 Each is a command of its own: imports, compilation, training, files. Half of
 the single runs come before the sweep and half after it, so that a machine that
 drifts favours neither. All begin with one SFT policy and one reward model,
-whose making is not counted; the evaluation that follows a sweep is left out,
-since single runs have none. Prints one JSON object; `step_ratio` leaves out
-what is no step.
+whose making is not counted, and an empty cache of compiled programs, which the
+single runs share as they do at home; the evaluation that follows a sweep is
+left out, since single runs have none.
+
+Prints one JSON object; `step_ratio` leaves out what is no step.
 """
 
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +42,7 @@ def timed(directory: pathlib.Path, name: str, *words: str) -> dict[str, float]:
     [sys.executable, "-m", *words, f"--workdir={directory / name}"],
     check=True,
     stdout=subprocess.DEVNULL,
+    env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(directory / "compiled")},
   )
   after = os.times()
   cpu = after.children_user + after.children_system
@@ -58,6 +62,7 @@ def measure(members: int, steps: int) -> dict[str, Any]:
     directory = pathlib.Path(name)
     toy = ["launch.train", "--config=configs/ppo.py"]
     timed(directory, "start", *toy, "--config.train.steps=1")
+    shutil.rmtree(directory / "compiled")
     shared = [
       "--config=configs/ppo.py",
       f"--config.policy.path={directory / 'start' / 'sft'}",

@@ -40,8 +40,10 @@ def main(values: flags.FlagValues) -> None:
       f"--preset: {values.preset!r}; wanted full or reduced"
     )
 
+  from rlhf_jax.host import devices
   from rlhf_jax.studies import collection, study
 
+  devices.divide_cores()
   if not values.all:
     study.run(values.config, values.workdir, resume=values.resume)
     return

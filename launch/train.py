@@ -9,18 +9,18 @@ workdir, or begins it where there is none.
 from absl import flags
 
 from launch import app
-from rlhf_jax.host import validate
+from rlhf_jax.host import rules, validate
 
 
 def main(values: flags.FlagValues) -> None:
   """Checks the config, first without JAX, then with its devices; runs it."""
   validate.validate_fields(values.config)
 
-  import jax
+  from rlhf_jax.host import devices, stages
 
-  from rlhf_jax.host import stages
-
-  validate.validate_mesh(values.config, device_count=jax.device_count())
+  if rules.is_sweep(values.config):
+    devices.divide_cores()
+  validate.validate_mesh(values.config, device_count=devices.count())
   stages.run(values.config, values.workdir, resume=values.resume)
 
 

@@ -24,7 +24,9 @@ _CHECKED = [
 install_import_hook(_CHECKED, "beartype.beartype")
 
 _ROOT = pathlib.Path(__file__).parents[1]
-jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".cache" / "jax"))
+_CACHE = str(_ROOT / ".cache" / "jax")
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE  # For commands that are run.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

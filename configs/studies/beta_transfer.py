@@ -30,7 +30,7 @@ def full() -> ConfigDict:
   config.sft_steps = (300, 150, 400)
   config.reward_steps = (150, 100, 150)
   config.betas = (0.01, 0.025, 0.06, 0.15, 0.4, 1.0)  # rising, of every task
-  config.seeds = 3  # from config.seed on, under every β and target
+  config.seeds = 4  # from config.seed on, under every β and target
   config.last = 10  # steps at the end that are averaged
   config.fails = 0.1  # of a task's gain; a regret above it is a failure
   config.training = ppo.toy()

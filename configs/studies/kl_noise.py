@@ -42,6 +42,7 @@ def full() -> ConfigDict:
   config.left = 0.5  # of the noise, at most, where Rao-Blackwellising cures it
   config.trained = (16, 128)  # lengths that PPO learns with, rising
   config.tilt = 2.0  # β is tilt / √length
+  config.seed = 10  # The rule of what is learned was made on 0 to 3.
   config.seeds = 4  # from config.seed on, of each PPO
   config.window = 5  # steps of a mean in the figure
   config.last = 10  # steps at the end that are averaged

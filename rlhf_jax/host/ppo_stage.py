@@ -1,8 +1,8 @@
 """Stage `ppo`: one policy, or many at once.
 
-The members of a sweep run in one compiled program: the step is `vmap`ped over
-their states, prompts and random numbers; the reference and the reward model
-are shared. Each member has a workdir of the same form as a single run's.
+The members of a sweep run in one compiled program (`steps.members`): each has
+its state, prompts and random numbers; the reference and the reward model are
+shared. Each member has a workdir of the same form as a single run's.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ from rlhf_jax.host import (
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.models import transformer
+from rlhf_jax.steps import members as members_lib
 from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import ppo, rewards, sharding, text_mix
 from rlhf_jax.steps import reference as reference_lib
@@ -192,16 +193,21 @@ def _step_and_states(models, members, mesh, stacked):
   policy, reward = models.policy, models.reward
   head = transformer.init_scalar_head(policy.model.width, use_bias=True)
   params = {"transformer": policy.params["transformer"], "value_head": head}
-  axis = sharding.MEMBER_AXIS if stacked else None
+  vectorise = stacked and settings.vectorises()
   step = ppo.make_step(
-    settings.ppo_config(config, policy, models.reference, members=len(members)),
+    settings.ppo_config(
+      config,
+      policy,
+      models.reference,
+      members=len(members) if vectorise else 1,
+    ),
     score=reward.score,
     optimizer=optimizer,
     controller=controller,
     gold=None if config.data.path else toy_language.of(config).gold_reward,
     score_scale=rewards.score_scale if reward.normalised else None,
     agreement=reward.agreement,
-    member_axis=axis,
+    member_axis=sharding.MEMBER_AXIS if vectorise else None,
   )
 
   def start(beta):
@@ -211,12 +217,7 @@ def _step_and_states(models, members, mesh, stacked):
 
   if not stacked:
     return step, start(config.kl.beta)
-  step = jax.vmap(
-    step,
-    in_axes=(0, None, None, 0, 0),
-    axis_name=axis,
-    spmd_axis_name=axis if axis in mesh.axis_names else None,
-  )
+  step = members_lib.step_of_all(step, mesh, vectorise=vectorise)
   betas = jnp.array([member.config.kl.beta for member in members])
   return step, jax.vmap(start)(betas)
 

@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax import errors
+from rlhf_jax.host import devices
 from rlhf_jax.host import prefix as prefix_lib
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.objective import beta, kl
@@ -18,14 +19,18 @@ def mesh(config: ConfigDict, *, members: int = 1) -> jax.sharding.Mesh:
   """The mesh; a `data` of −1 takes the devices that the others leave.
 
   Of these a sweep's members take as many as divide them: policies that know
-  nothing of each other need no communication.
+  nothing of each other need no communication. Cores that were divided are for
+  members alone.
   """
   fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
   data, member = config.mesh.data, 1
   if data == -1:
-    rest = jax.device_count() // (fsdp * tensor)
+    rest = devices.count() // (fsdp * tensor)
     member = math.gcd(rest, members)
     data = rest // member
+    if devices.are_divided_cores():
+      cores = range(1, jax.device_count() + 1)
+      member = max(n for n in cores if members % n == 0)
   return sharding.make_mesh(data, fsdp, tensor, member=member)
 
 
@@ -121,3 +126,8 @@ def _controller(name: str, fields: ConfigDict, steps: int) -> beta.Controller:
 def logits_per_chunk(config: ConfigDict, *, members: int = 1) -> int:
   """Logits of a member that may exist at once: `LOGITS` on each device."""
   return max(1, LOGITS * mesh(config).size // members)
+
+
+def vectorises() -> bool:
+  """Whether a sweep's members are one operation; see `steps.members`."""
+  return jax.default_backend() != "cpu"

@@ -2,14 +2,16 @@
 
 PPO with several epochs a step, under every clip range and without one, each
 with the penalty and without. A step's size is KL(π_old‖π_new), as the last
-epoch finds it; the distance is KL(π‖π_ref) at the end.
+epoch finds it, and a run's is the median over its steps: a few steps, ten times
+as large as the others, make its mean. The distance is KL(π‖π_ref) at the end.
 
 "Without" is a clip_epsilon near 1: ratios above 1.99 are still clipped where
 the advantage is positive, and how many tokens that are is in the table. The
 critic's own clipping stays as it is in every arm.
 
 Runs of one seed have the same prompts and the same beginning; differences are
-taken seed by seed, and their intervals are Student's.
+taken seed by seed, and their intervals are Student's. Steps are compared by
+their ratio, the difference of their logarithms.
 """
 
 from collections.abc import Mapping
@@ -28,12 +30,13 @@ from rlhf_jax.studies import (
 )
 
 ON, OFF = "on", "off"
+_RATIOS = ("step", "largest")
 
 
 class Runs(NamedTuple):
   """An arm's figures, one of each seed.
 
-  `gold` and `kl` (nats per response) at the end; `step`, the mean of
+  `gold` and `kl` (nats per response) at the end; `step`, the median of
   KL(π_old‖π_new) over all steps, and `largest`, its maximum, nats per response;
   the share of tokens that were `clipped`.
   """
@@ -52,8 +55,8 @@ Arms = Mapping[tuple[float, str], Runs]
 class Difference(NamedTuple):
   """What clipping, or the penalty, changes: mean and 95 % interval.
 
-  `wanted` is what the claim says of it, `true` whether the interval is there;
-  of some figures it says nothing.
+  A ratio, of steps; a difference otherwise. `wanted` is what the claim says of
+  it, `true` whether the interval is there; of some figures it says nothing.
   """
 
   clip: float
@@ -136,7 +139,7 @@ def of_members(
     return (
       column("reward/gold")[-last:].mean(),
       column("kl/reverse_exact")[-last:].mean(),
-      moves.mean(),
+      np.median(moves),
       moves.max(),
       column("ppo/clip_fraction").mean(),
     )
@@ -161,10 +164,14 @@ def differences(
   """
 
   def row(figure, of, at, first, second, wanted):
-    interval = intervals.of_difference(
-      arms[first]._asdict()[figure], arms[second]._asdict()[figure]
-    )
+    pair = [arms[arm]._asdict()[figure] for arm in (first, second)]
+    if figure in _RATIOS:
+      logs = intervals.of_difference(*np.log(pair))
+      interval = intervals.Interval(*map(float, np.exp(logs)))
+    else:
+      interval = intervals.of_difference(*pair)
     true = {
+      "below 1": interval.high < 1,
       "below 0": interval.high < 0,
       f"at least {-margin:g}": interval.low >= -margin,
       "": None,
@@ -181,8 +188,8 @@ def differences(
 
   less, no_less = "below 0", f"at least {-margin:g}"
   return [
-    clipping("step", OFF, less),
-    clipping("step", ON, less),
+    clipping("step", OFF, "below 1"),
+    clipping("step", ON, "below 1"),
     penalty("kl", no_clip, less),
     penalty("kl", clip, less),
     clipping("gold", ON, no_less),
@@ -231,8 +238,8 @@ def _tables(
     "arms": study.Table(
       f"Means over {config.seeds} seeds: gold reward, its spread over seeds"
       " (sd), and KL(π‖π_ref) over the last"
-      f" {config.last} of {config.training.train.steps} steps; step:"
-      " KL(π_old‖π_new), and the largest of a run; nats per response; clipped:"
+      f" {config.last} of {config.training.train.steps} steps; step: a run's"
+      " median of KL(π_old‖π_new), and its largest; nats per response; clipped:"
       " share of tokens",
       (
         "clip",
@@ -257,7 +264,8 @@ def _tables(
     ),
     "differences": study.Table(
       "What clipping, or the penalty, changes: mean of the seeds' differences"
-      " and its 95 % interval; nats per response, or gold reward",
+      " (nats per response, or gold reward), of steps the mean ratio; and its"
+      " 95 % interval",
       Difference._fields,
       rows,
     ),
@@ -282,10 +290,14 @@ def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
     text = lambda *key, of=of: (
       f"{of[key].mean:+.2f} ({of[key].low:+.2f} to {of[key].high:+.2f})"
     )
+    times = lambda *key, of=of: (
+      f"{of[key].mean:.2f} times ({of[key].low:.2f} to {of[key].high:.2f})"
+    )
     parts.append(
-      f"Clipping at {clip:g} changes a step by"
-      f" {text('step', 'clipping', 'penalty off')} nats without the penalty and"
-      f" by {text('step', 'clipping', 'penalty on')} with it, the final KL"
+      f"Clipping at {clip:g} makes a step"
+      f" {times('step', 'clipping', 'penalty off')} as large without the"
+      f" penalty and {times('step', 'clipping', 'penalty on')} with it, and"
+      " changes the final KL"
       f" without the penalty by {text('kl', 'clipping', 'penalty off')}; beside"
       f" it the penalty changes the final KL by"
       f" {text('kl', 'penalty', 'clipping on')}. Both together have"
@@ -299,8 +311,9 @@ def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
     f"With neither, a step is {off[0].step.mean():.2f} nats, the KL ends at"
     f" {off[0].kl.mean():.1f} nats and gold at {off[0].gold.mean():.2f}; the"
     f" penalty alone (β = {config.training.kl.beta:g}) changes the KL by"
-    f" {kl.mean:+.1f} ({kl.low:+.1f} to {kl.high:+.1f}) and a step by"
-    f" {step.mean:+.2f} ({step.low:+.2f} to {step.high:+.2f}); unclipped means"
+    f" {kl.mean:+.1f} ({kl.low:+.1f} to {kl.high:+.1f}) and makes a step"
+    f" {step.mean:.2f} times ({step.low:.2f} to {step.high:.2f}) as large;"
+    " unclipped means"
     f" that at most {max(x.clipped.mean() for x in off):.1%} of tokens are"
     f" clipped. {' '.join(parts)} A loss of gold of {config.margin:g} is"
     " tolerated."

@@ -28,8 +28,8 @@ import numpy as np
 from rich import console as rich_console
 
 from rlhf_jax import errors
+from rlhf_jax.host import devices, toy_language, validate
 from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import toy_language, validate
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.models import transformer
 from rlhf_jax.studies import (
@@ -79,7 +79,7 @@ def check(config: ConfigDict) -> None:
       f"large.{field}",
     )
   try:
-    validate.validate(config.large, device_count=jax.device_count())
+    validate.validate(config.large, device_count=devices.count())
   except errors.UserError as error:
     line = str(error).replace("config.", "config.large.", 1)
     raise errors.UserError(line) from error

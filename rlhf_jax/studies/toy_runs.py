@@ -12,14 +12,13 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 from rich import text as rich_text
 
 from rlhf_jax import errors
-from rlhf_jax.host import stages, validate
+from rlhf_jax.host import devices, stages, validate
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.studies import study
 
@@ -86,7 +85,7 @@ def check(
     )
   for name, run_config in runs.items():
     try:
-      validate.validate(run_config, device_count=jax.device_count())
+      validate.validate(run_config, device_count=devices.count())
     except errors.UserError as error:
       line = str(error).replace("config.", "config.training.", 1)
       raise errors.UserError(f"{line} (run {name})") from error

@@ -116,37 +116,63 @@ def test_members_are_divided_over_devices():
   assert "member" not in settings.mesh(shrunk("mesh.data=8"), members=4).shape
 
 
-def test_a_member_is_the_single_run(run, tmp_path):
-  """With its seed: the same prompts and random numbers, on one device."""
-  config = on(run, "kl.beta=0.3", "seed=7", "mesh.data=1")
-  stages.run(config, str(tmp_path / "run"), resume=False)
-  alone, member = rows(tmp_path / "run"), rows(run / "beta=0.3,seed=7")
+def assert_near(found, wanted):
+  """Runs whose sums were rounded otherwise."""
   for name in ("reward/score", "reward/gold", "kl/reverse_exact"):
     np.testing.assert_allclose(
-      [row[name] for row in alone], [row[name] for row in member], atol=2e-3
+      [row[name] for row in found], [row[name] for row in wanted], atol=2e-3
     )
-  other = rows(run / "beta=0.3,seed=0")
-  assert other[0]["reward/score"] != member[0]["reward/score"]
 
 
-def test_chunks_are_the_whole_sweep(run, tmp_path):
-  """Three at once are two chunks of two; each is in its own checkpoints."""
+def test_chunks_and_single_runs(run, tmp_path):
+  """Three at once are two chunks of two; each is in its own checkpoints.
+
+  On one device a member equals the single run with its seed to the last bit.
+  """
+  one = "mesh.data=1"
   config = on(
     run,
     f"sweep.betas={BETAS}",
     f"sweep.seeds={SEEDS}",
     "sweep.members_at_once=3",
-    "mesh.data=1",
+    "sweep.frontier=False",
+    one,
   )
   stages.run(config, str(tmp_path / "run"), resume=False)
   assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+  totals = set()
   for member in read(run / "summary.json")["members"]:
     whole, part = (rows(d / member["workdir"]) for d in (run, tmp_path / "run"))
-    np.testing.assert_allclose(
-      [row["reward/score"] for row in whole],
-      [row["reward/score"] for row in part],
-      atol=2e-3,
+    assert_near(part, whole)
+    totals.add(part[-1]["reward/total"])
+  assert len(totals) == 4
+  config = on(run, "kl.beta=0.3", "seed=7", one)
+  stages.run(config, str(tmp_path / "alone"), resume=False)
+  for member, alone in zip(
+    rows(tmp_path / "run" / "beta=0.3,seed=7"),
+    rows(tmp_path / "alone"),
+    strict=True,
+  ):
+    for clock in ("time/step_s", "time/response_tokens_per_s"):
+      del member[clock], alone[clock]
+    assert member == alone
+
+
+def test_vectorised_members(run, tmp_path, monkeypatch):
+  """As an accelerator has them: one operation, the members on its devices."""
+  monkeypatch.setattr(settings, "vectorises", lambda: True)
+  config = on(
+    run,
+    f"sweep.betas={BETAS}",
+    f"sweep.seeds={SEEDS}",
+    "sweep.frontier=False",
+  )
+  stages.run(config, str(tmp_path / "run"), resume=False)
+  for member in read(run / "summary.json")["members"]:
+    looped, found = (
+      rows(path / member["workdir"]) for path in (run, tmp_path / "run")
     )
+    assert_near(found, looped)
 
 
 def test_resume_does_the_chunk_that_is_missing(run, tmp_path, monkeypatch):

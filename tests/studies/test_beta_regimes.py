@@ -225,7 +225,7 @@ def test_what_it_leaves_behind(workdir):
   runs = {tuple(row[:3]): row[3:] for row in tables["runs"]["rows"]}
   assert len(runs) == 16
   assert runs[32, "0", 0] != runs[64, "0", 0] != runs[64, "0", 1]
-  path = workdir / "sweep-64/beta=0.3,seed=1/metrics.jsonl"
+  path = workdir / "sweep-64/beta=0.3,seed=11/metrics.jsonl"
   lines = path.read_text().splitlines()
   kls = [json.loads(line)["kl/reverse_exact"] for line in lines]
   assert runs[64, "0.3", 1][2] == pytest.approx(np.mean(kls[-2:]))

@@ -2,7 +2,8 @@
 
 Mutants that were tried and fail here: either interval judged by its other end;
 differences the other way round; the penalty's taken with clipping both times;
-one difference that is enough; a step's mean over the last steps only.
+one difference that is enough; a step's size over the last steps only; steps
+that are subtracted, not divided.
 """
 
 import json
@@ -67,7 +68,7 @@ def test_a_run_by_hand():
       {
         "reward/gold": gold + i,
         "kl/reverse_exact": 10.0 * i,
-        "kl/to_old_policy": float(i == 1),
+        "kl/to_old_policy": (9.0, 1.0, 0.5, 2.0)[i],
         "ppo/clip_fraction": 0.1 * i,
       }
       for i in range(4)
@@ -80,8 +81,8 @@ def test_a_run_by_hand():
   on = arms[0.2, ON]
   np.testing.assert_allclose(on.gold, [7.5, 9.5])  # The last two of 5, 6, 7, 8.
   np.testing.assert_allclose(on.kl, [25, 25])
-  np.testing.assert_allclose(on.step, [0.25, 0.25])  # Of all four steps.
-  np.testing.assert_allclose(on.largest, [1, 1])
+  np.testing.assert_allclose(on.step, [1.5, 1.5])  # The median of all four.
+  np.testing.assert_allclose(on.largest, [9, 9])
   np.testing.assert_allclose(on.clipped, [0.15, 0.15])
   np.testing.assert_allclose(arms[0.2, OFF].gold, [2.5])
 
@@ -91,19 +92,19 @@ def test_differences_by_hand():
   rows = clip_and_penalty.differences(planted(), 0.2, NO_CLIP, margin=0.2)
   means = {(row.figure, row.of, row.at): row.mean for row in rows}
   wanted = {
-    ("step", "clipping", "penalty off"): 0.5 - 2.0,
-    ("step", "clipping", "penalty on"): 0.4 - 1.5,
+    ("step", "clipping", "penalty off"): 0.5 / 2.0,
+    ("step", "clipping", "penalty on"): 0.4 / 1.5,
     ("kl", "penalty", "clipping off"): 5.0 - 20.0,
     ("kl", "penalty", "clipping on"): 4.0 - 18.0,
     ("gold", "clipping", "penalty on"): 1.2 - 1.1,
     ("gold", "penalty", "clipping on"): 1.2 - 1.0,
     ("kl", "clipping", "penalty off"): 18.0 - 20.0,
-    ("step", "penalty", "clipping off"): 1.5 - 2.0,
-    ("largest", "clipping", "penalty on"): 0.8 - 3.0,
+    ("step", "penalty", "clipping off"): 1.5 / 2.0,
+    ("largest", "clipping", "penalty on"): 0.8 / 3.0,
   }
-  assert means == pytest.approx(wanted)
-  # The seeds' shifts are alike in both arms of a pair.
-  assert all(row.high - row.low < 1e-6 for row in rows)
+  assert means == pytest.approx(wanted, rel=1e-3)
+  # The seeds' shifts are alike in both arms of a pair; of a ratio, nearly.
+  assert all(row.high - row.low < 0.02 for row in rows)
 
 
 # The verdict.
@@ -182,15 +183,15 @@ def test_what_it_leaves_behind(workdir):
   of = {tuple(row[:3]): row[3:] for row in tables["runs"]["rows"]}
   assert len(of) == 8
   for clip, penalty, beta in ((0.2, ON, 0.1), (NO_CLIP, OFF, 0)):
-    path = workdir / f"clip={clip}/beta={beta},seed=1/metrics.jsonl"
+    path = workdir / f"clip={clip}/beta={beta},seed=11/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = dict(zip(clip_and_penalty.Runs._fields, of[clip, penalty, 1]))
+    found = dict(zip(clip_and_penalty.Runs._fields, of[clip, penalty, 11]))
     column = lambda name, rows=rows: np.array([row[name] for row in rows])
     assert found == pytest.approx(
       {
         "gold": column("reward/gold")[-2:].mean(),
         "kl": column("kl/reverse_exact")[-2:].mean(),
-        "step": column("kl/to_old_policy").mean(),
+        "step": np.median(column("kl/to_old_policy")),
         "largest": column("kl/to_old_policy").max(),
         "clipped": column("ppo/clip_fraction").mean(),
       }
