@@ -65,6 +65,7 @@ def reduced() -> ConfigDict:
   config.barely_moves = (2.5,)
   config.pairs = (32, 64)
   config.reward_steps = (2, 4)
+  config.seeds = 2
   config.window = 2
   config.prompts = 16
   studies.shrink(config.training)

@@ -224,11 +224,11 @@ def test_what_it_leaves_behind(workdir):
   assert len(tables["betas"]["rows"]) == 8
   runs = {tuple(row[:3]): row[3:] for row in tables["runs"]["rows"]}
   assert len(runs) == 16
-  assert runs[32, "0", 0] != runs[64, "0", 0] != runs[64, "0", 1]
+  assert runs[32, "0", 10] != runs[64, "0", 10] != runs[64, "0", 11]
   path = workdir / "sweep-64/beta=0.3,seed=11/metrics.jsonl"
   lines = path.read_text().splitlines()
   kls = [json.loads(line)["kl/reverse_exact"] for line in lines]
-  assert runs[64, "0.3", 1][2] == pytest.approx(np.mean(kls[-2:]))
+  assert runs[64, "0.3", 11][2] == pytest.approx(np.mean(kls[-2:]))
 
 
 def test_reward_models_differ_in_their_pairs_only(workdir):
