@@ -13,16 +13,14 @@ from rlhf_jax import types
 from rlhf_jax.host import (
   batches,
   checkpoint,
-  data,
   loop,
-  readers,
   sampling,
   settings,
+  texts,
   toy_language,
   validate,
 )
 from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import tokenizer as tokenizer_lib
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import sft, sharding
@@ -40,7 +38,14 @@ def run(
   began = time.monotonic()
   start = pretrained_lib.load_policy(config)
   validate.validate_model(config, start.model)
-  train, heldout = _texts(config, start, console)
+  train, heldout = texts.packed(
+    config,
+    start,
+    console,
+    stage="sft",
+    path=config.data.path,
+    opening=config.data.opening,
+  )
   mesh = settings.mesh(config)
   step_config = sft.SFTConfig(start.model, settings.logits_per_chunk(config))
   optimizer = optimizer_lib.make(settings.optimizer_config(config))
@@ -100,42 +105,6 @@ def run(
   }
   workdir.write_summary(summary)
   return summary
-
-
-def _texts(config, start, console):
-  """Packed rows to train on, and held-out rows."""
-  if path := config.data.path:
-    texts, counts = readers.read_texts(path)
-    # A response ends with the first stop id, or the policy never learns to.
-    stop = list(settings.rollout_config(config, start).stop_ids[:1])
-    pairs = (tokenizer_lib.encode_pair(start.tokenizer, *t) for t in texts)
-    texts = [(prompt, response + stop) for prompt, response in pairs]
-    console.print(f"sft: {path}: {counts}", markup=False, highlight=False)
-  else:
-    pretrained_lib.check_speaks_the_built_in_language(start, config)
-    texts = toy_language.of(config).sample_texts(
-      config.seed, config.data.size, config.data.opening
-    )
-  sides = batches.split_heldout(
-    texts, config.data.heldout_fraction, config.seed
-  )
-  packed = []
-  for side in sides:
-    rows, cut = data.pack(
-      side,
-      sequence_length=config.data.sequence_length,
-      pad_id=start.pad_id,
-      vocab_size=start.model.vocab_size,
-      where=path or "the built-in language",
-    )
-    packed.append(rows)
-    if cut.rows:
-      console.print(
-        f"sft: {cut.rows} texts are longer than data.sequence_length="
-        f"{config.data.sequence_length} and lost {cut.tokens} tokens",
-        highlight=False,
-      )
-  return packed
 
 
 def own_responses(

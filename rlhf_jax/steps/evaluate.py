@@ -99,7 +99,7 @@ def make(
     mask = masking.response_mask(
       sequences.response_lengths, config.rollout.response_length
     )
-    states = _states_and_head(policy, sequences, config.model)
+    states = learner.states_and_head(policy, sequences, model=config.model)
     against = functools.partial(_against, reference, states, config=config)
     comparison, judged, anchored = against(sequences), sequences, None
     per_response = lambda nats: jnp.where(mask, nats, 0.0).sum(1)
@@ -130,13 +130,8 @@ def _against(reference, states, sequences, *, config: EvaluateConfig):
   """The policy's states against the reference that reads `sequences`."""
   return logprobs_lib.compare(
     states,
-    _states_and_head(reference, sequences, config.reference),
+    learner.states_and_head(reference, sequences, model=config.reference),
     sequences.response_tokens,
     temperature=config.rollout.temperature,
     logits_per_chunk=config.logits_per_chunk,
   )
-
-
-def _states_and_head(params, sequences, model):
-  hidden = learner.response_hidden(params, sequences, model=model)
-  return hidden, transformer.head(params["transformer"])

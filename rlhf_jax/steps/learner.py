@@ -81,6 +81,17 @@ def response_hidden(
   return masking.response_states(hidden, sequences.response_tokens.shape[1])
 
 
+def states_and_head(
+  params: types.Params,
+  sequences: types.Sequences,
+  *,
+  model: transformer.TransformerConfig,
+) -> tuple[Float[Array, "B R D"], Float[Array, "V D"]]:
+  """What logprobs of the responses are made from; see `logprobs.compare`."""
+  hidden = response_hidden(params, sequences, model=model)
+  return hidden, transformer.head(params["transformer"])
+
+
 def gradient(
   params: types.Params,
   minibatch: dict[str, Any],

@@ -18,7 +18,7 @@ from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import kl, masking
 from rlhf_jax.objective import logprobs as logprobs_lib
-from rlhf_jax.steps import ledger
+from rlhf_jax.steps import learner, ledger
 from rlhf_jax.steps import rollout as rollout_lib
 
 
@@ -89,17 +89,11 @@ def written(
     config=config.rollout,
   )
 
-  def states_and_head(params, model):
-    hidden = rollout_lib.teacher_forced(
-      params["transformer"], rollout.sequences, model=model
-    )
-    states = masking.response_states(hidden, config.rollout.response_length)
-    return states, transformer.head(params["transformer"])
-
+  sequences = rollout.sequences
   comparison = logprobs_lib.compare(
-    states_and_head(policy, config.model),
-    states_and_head(reference, config.reference),
-    rollout.sequences.response_tokens,
+    learner.states_and_head(policy, sequences, model=config.model),
+    learner.states_and_head(reference, sequences, model=config.reference),
+    sequences.response_tokens,
     temperature=config.rollout.temperature,
     logits_per_chunk=config.logits_per_chunk,
   )
