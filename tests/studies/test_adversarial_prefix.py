@@ -25,9 +25,8 @@ from rlhf_jax.host import (
 )
 from rlhf_jax.models import transformer
 from rlhf_jax.studies import adversarial_prefix as adversarial
-from rlhf_jax.studies import adversarial_prefix_measures as measures
-from rlhf_jax.studies import adversarial_prefix_rule as rule
 from rlhf_jax.studies import study, toy_runs
+from rlhf_jax.studies.adversarial_prefix import measures, rule
 
 # The least KL of a harm.
 

@@ -15,7 +15,7 @@ import pytest
 from configs.studies import beta_transfer as config_file
 from rlhf_jax import errors
 from rlhf_jax.studies import beta_transfer, intervals, study
-from rlhf_jax.studies import beta_transfer_arms as arms
+from rlhf_jax.studies.beta_transfer import arms
 
 BETAS = (0.01, 0.1, 1.0)
 

@@ -8,7 +8,7 @@ import pytest
 from configs.studies import closed_form as configs
 from rlhf_jax import errors
 from rlhf_jax.studies import closed_form, study
-from rlhf_jax.studies import closed_form_arms as arms_lib
+from rlhf_jax.studies.closed_form import arms as arms_lib
 
 
 @pytest.fixture(scope="module")

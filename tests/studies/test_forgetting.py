@@ -16,14 +16,9 @@ from scipy import stats
 from configs.studies import forgetting as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import ppo_stage
-from rlhf_jax.studies import (
-  forgetting,
-  forgetting_measures,
-  held_out,
-  study,
-  toy_runs,
-)
-from rlhf_jax.studies import forgetting_rule as rule
+from rlhf_jax.studies import forgetting, held_out, study, toy_runs
+from rlhf_jax.studies.forgetting import measures as measures_lib
+from rlhf_jax.studies.forgetting import rule
 
 
 def planted(rises, gold=1.0, **figures):
@@ -185,7 +180,7 @@ def test_who_writes_is_who_the_forward_kl_is_of(workdir):
   config = config_file.get_config("reduced")
   path = workdir / "penalty/beta=0,seed=1"
   exchanged = toy_runs.Start(path, workdir / "reward_model", 0.0)
-  (other,) = forgetting_measures.measure(
+  (other,) = measures_lib.measure(
     config.training,
     exchanged,
     [(workdir / "sft", 1)],

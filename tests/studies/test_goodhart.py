@@ -14,7 +14,7 @@ from configs.studies import goodhart as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import ppo_stage
 from rlhf_jax.studies import goodhart, held_out, intervals, study
-from rlhf_jax.studies import goodhart_arms as arms_lib
+from rlhf_jax.studies.goodhart import arms as arms_lib
 
 
 def ends(

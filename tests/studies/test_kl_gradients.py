@@ -19,8 +19,9 @@ import pytest
 from configs.studies import kl_gradients as config_file
 from rlhf_jax import errors
 from rlhf_jax.objective import kl
-from rlhf_jax.studies import kl_gradients, kl_penalties, listed, study
+from rlhf_jax.studies import kl_gradients, listed, study
 from rlhf_jax.studies import kl_measurements as measure
+from rlhf_jax.studies.kl_gradients import penalties as penalties_lib
 
 SAMPLED = ("sequence_reverse", "sampled")
 EXACT = ("sequence_reverse", "rao_blackwellised")
@@ -133,7 +134,7 @@ def models():
   """The first tree's, and its name."""
   config = config_file.get_config("reduced")
   with jax.enable_x64(True):
-    return next(kl_penalties.models(config, np.random.default_rng(0)))
+    return next(penalties_lib.models(config, np.random.default_rng(0)))
 
 
 def measured(models, monkeypatch, names=SAMPLED, **planted):
@@ -147,8 +148,8 @@ def measured(models, monkeypatch, names=SAMPLED, **planted):
   config = config_file.get_config("reduced,responses=100,batches=2")
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
-    rows = kl_penalties.on_models(*models, config, rng)
-  (row,) = (kl_penalties.of_model(*item) for item in rows.items())
+    rows = penalties_lib.on_models(*models, config, rng)
+  (row,) = (penalties_lib.of_model(*item) for item in rows.items())
   return row
 
 
@@ -177,7 +178,7 @@ def test_the_claim_holds_on_what_is_measured(models, monkeypatch):
   assert kl_gradients.verdict([row]) == study.HOLDS
 
 
-GOOD = kl_penalties.OfModel("a", 1e-15, 0.4, 2.0, 1.0, 1.0, 0.5, 16)
+GOOD = penalties_lib.OfModel("a", 1e-15, 0.4, 2.0, 1.0, 1.0, 0.5, 16)
 
 
 @pytest.mark.parametrize(
@@ -203,13 +204,13 @@ def test_nothing_is_left_to_hold():
 
 
 def test_nan_is_never_the_better_of_two():
-  row = kl_penalties.OfPenalty(
+  row = penalties_lib.OfPenalty(
     *SAMPLED, "reward", "x", 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.1
   )
   rows = [row, row._replace(estimator="rao_blackwellised", error=math.nan)]
   rows.append(row._replace(penalty="k1_in_loss", to_sequence=math.nan))
   rows.append(row._replace(penalty="k2_in_loss", to_sequence=1.0))
-  found = kl_penalties.of_model("a", rows)
+  found = penalties_lib.of_model("a", rows)
   assert math.isnan(found.ours) and math.isnan(found.published)
 
 

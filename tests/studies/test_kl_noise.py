@@ -10,14 +10,9 @@ import pytest
 from configs.studies import kl_noise as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import toy_language
-from rlhf_jax.studies import (
-  intervals,
-  kl_noise,
-  kl_noise_arms,
-  kl_noise_task,
-  rao_blackwell,
-  study,
-)
+from rlhf_jax.studies import intervals, kl_noise, rao_blackwell, study
+from rlhf_jax.studies.kl_noise import arms as arms_lib
+from rlhf_jax.studies.kl_noise import task as task_lib
 
 LENGTHS = (16, 64, 256)
 
@@ -30,16 +25,16 @@ def test_the_reward_by_hand():
   tokens = jnp.array([[words("hated"), words("lovely"), words("dull")] * 2])
   mask = jnp.array([[False, True, True, True, True, False]])
   # lovely, dull, hated, lovely: 2 − 1 − 2 + 2, over √4.
-  assert float(kl_noise_task.sentiment(tokens, mask)[0]) == pytest.approx(0.5)
+  assert float(task_lib.sentiment(tokens, mask)[0]) == pytest.approx(0.5)
 
 
 def test_scores_have_one_deviation_at_every_length():
   """What makes β = tilt / √R ask the same of all of them."""
   words = toy_language.VOCABULARY.index
-  texts = kl_noise_task.endless_texts(3, 400, 300)
+  texts = task_lib.endless_texts(3, 400, 300)
   ids = jnp.array([[words(w) for w in [*p, *r]] for p, r in texts])
   deviations = [
-    float(kl_noise_task.sentiment(ids[:, :n], jnp.ones((400, n), bool)).std())
+    float(task_lib.sentiment(ids[:, :n], jnp.ones((400, n), bool)).std())
     for n in (50, 300)
   ]
   assert deviations[1] == pytest.approx(deviations[0], rel=0.12)
@@ -48,9 +43,9 @@ def test_scores_have_one_deviation_at_every_length():
 def test_texts_are_grammatical_and_do_not_end():
   grammar = toy_language.LANGUAGES["reviews"]
   words = grammar.vocabulary.index
-  texts = kl_noise_task.endless_texts(0, 50, 40)
-  assert texts == kl_noise_task.endless_texts(0, 50, 40)
-  assert texts != kl_noise_task.endless_texts(1, 50, 40)
+  texts = task_lib.endless_texts(0, 50, 40)
+  assert texts == task_lib.endless_texts(0, 50, 40)
+  assert texts != task_lib.endless_texts(1, 50, 40)
   assert {len(prompt) for prompt, _ in texts} == {1, 2, 3, 4, 5}
   for prompt, response in texts:
     ids = [toy_language.START_ID, *map(words, prompt + response)]
@@ -75,7 +70,7 @@ def planted_estimates(rng, *, power=0.5, left=0.3, count=1000):
 
 def noise_of(estimates):
   rng = np.random.default_rng(1)
-  return kl_noise_arms.noise_of(LENGTHS, estimates, rng, resamples=400)
+  return arms_lib.noise_of(LENGTHS, estimates, rng, resamples=400)
 
 
 def test_deviations_by_hand():
@@ -128,14 +123,14 @@ def curves(rng, late):
 def pace(late_sampled, late_rao_bl, *, length=256):
   rng = np.random.default_rng(2)
   runs = [list(curves(rng, late)) for late in (late_sampled, late_rao_bl)]
-  return kl_noise_arms.pace_of(config_of(), length, *runs)
+  return arms_lib.pace_of(config_of(), length, *runs)
 
 
 def test_a_pace_by_hand():
   run = lambda *golds: rao_blackwell.Run(np.array(golds), golds[-1], 1.0, 0.1)
   sampled = [run(0.0, 1.0, 2.0), run(0.0, 3.0, 3.0)]
   rao_bl = [run(3.0, 3.0, 3.0), run(4.0, 4.0, 4.0)]
-  found = kl_noise_arms.pace_of(config_of(), 256, sampled, rao_bl)
+  found = arms_lib.pace_of(config_of(), 256, sampled, rao_bl)
   assert found.beta == pytest.approx(2 / 16)
   # Means 1 and 2, then 3 and 4; at the end 2 and 3, then 3 and 4.
   assert found.learning[1:] == pytest.approx((1.5, 3.5, 2.0, 2.0, 2.0))
@@ -152,7 +147,7 @@ def test_the_objective_stands_for_gold():
     }
     for i in range(5)
   ]
-  run = kl_noise_arms.of_run(rows, last=2)
+  run = arms_lib.of_run(rows, last=2)
   np.testing.assert_array_equal(run.golds, [0, 1, 2, 3, 4])
   assert (run.gold, run.kl) == (3.5, 2.0)
 
@@ -173,7 +168,7 @@ def test_the_objective_stands_for_gold():
 def test_the_rule_on_planted_effects(estimates, late, verdict):
   noise = noise_of(planted_estimates(np.random.default_rng(0), **estimates))
   paces = [pace(12, 0, length=16), pace(*late)]
-  assert kl_noise_arms.verdict(noise, paces, left=0.5) == verdict
+  assert arms_lib.verdict(noise, paces, left=0.5) == verdict
 
 
 def test_an_interval_that_touches_is_not_enough():
@@ -181,7 +176,7 @@ def test_an_interval_that_touches_is_not_enough():
   growth = {"k1": intervals.Interval(0.5, -0.01, 1.0)}
   left = intervals.Interval(0.3, 0.1, 0.51)
   for other in (noise._replace(exponents=growth), noise._replace(left=left)):
-    assert kl_noise_arms.verdict(other, [pace(0, 0)], left=0.5) == (
+    assert arms_lib.verdict(other, [pace(0, 0)], left=0.5) == (
       study.DOES_NOT_HOLD
     )
 

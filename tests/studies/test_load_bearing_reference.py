@@ -18,8 +18,9 @@ from rlhf_jax.host import pretrained, settings
 from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.objective import preference_loss
 from rlhf_jax.steps import dpo
-from rlhf_jax.studies import load_bearing_dpo, study, toy_runs
 from rlhf_jax.studies import load_bearing_reference as study_lib
+from rlhf_jax.studies import study, toy_runs
+from rlhf_jax.studies.load_bearing_reference import dpo as dpo_lib
 
 SFT, BASE, NONE = study_lib.SFT, study_lib.BASE, study_lib.NONE
 DPO, PPO = study_lib.DPO, study_lib.PPO
@@ -201,7 +202,7 @@ def test_dpo_members_are_those_that_one_would_train_alone(workdir):
   )
   references = {SFT: policy, BASE: base, NONE: None}
   members = [(name, 1) for name in references]
-  rows = load_bearing_dpo._rows(config, policy, references, members, asked)
+  rows = dpo_lib._rows(config, policy, references, members, asked)
   pairs = rows[SFT, 1].pairs
   for name, reference in references.items():
     held = rows[name, 1].reference
@@ -240,6 +241,6 @@ def test_resuming_trains_nothing_again(workdir, monkeypatch):
   before = rows_of(workdir, "seeds")
   (workdir / "study.json").unlink()
   monkeypatch.setattr("rlhf_jax.host.stages.run_stage", None)
-  monkeypatch.setattr(load_bearing_dpo, "_train", None)
+  monkeypatch.setattr(dpo_lib, "_train", None)
   study.run(config_file.get_config("reduced"), str(workdir), resume=True)
   assert rows_of(workdir, "seeds") == before

@@ -5,7 +5,7 @@ import pytest
 
 from configs.studies import adversarial_prefix as config_file
 from rlhf_jax.host import pretrained, toy_language
-from rlhf_jax.studies import prefix_search
+from rlhf_jax.studies.adversarial_prefix import search as search_lib
 
 REVIEWS = toy_language.LANGUAGES["reviews"]
 IDS = {word: i for i, word in enumerate(REVIEWS.vocabulary)}
@@ -29,12 +29,12 @@ def planted(monkeypatch, harm):
     asked.append((stream, [*prefixes]))
     return np.array([harm(prefix, stream) for prefix in prefixes])
 
-  monkeypatch.setattr(prefix_search, "_harm", lambda *_: counts)
+  monkeypatch.setattr(search_lib, "_harm", lambda *_: counts)
   return asked
 
 
 def search(config, model, *, beam):
-  return prefix_search.search(config, model, longest=3, beam=beam, prompts=4)
+  return search_lib.search(config, model, longest=3, beam=beam, prompts=4)
 
 
 def test_the_beam_finds_what_words_do_together(monkeypatch, training, model):
@@ -75,8 +75,8 @@ def test_harm_is_a_mean_over_the_prompts_of_a_stream(
     rows.append(np.asarray(prompts.tokens))
     return (prompts.tokens == IDS["film"]).sum(axis=1).astype(np.float32)
 
-  monkeypatch.setattr(prefix_search, "_count", count)
-  harm = prefix_search._harm(training, model, 3)
+  monkeypatch.setattr(search_lib, "_count", count)
+  harm = search_lib._harm(training, model, 3)
   film, awful = IDS["film"], IDS["awful"]
   plain, more = harm([(awful,), (film, film)], 1)
   assert more == plain + 2  # Whatever the prompts have of their own.

@@ -17,7 +17,7 @@ from configs.studies import reference_ceiling as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import stages
 from rlhf_jax.studies import intervals, reference_ceiling, study, toy_runs
-from rlhf_jax.studies import reference_ceiling_arms as arms_lib
+from rlhf_jax.studies.reference_ceiling import arms as arms_lib
 
 GOLDS = (-10.0, -6.0, -3.0, -1.0, 0.0)
 REFERENCES = [

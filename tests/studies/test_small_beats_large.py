@@ -14,8 +14,8 @@ from configs.studies import small_beats_large as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import evaluation, pretrained, toy_language
 from rlhf_jax.studies import small_beats_large as study_lib
-from rlhf_jax.studies import small_beats_large_models as models_lib
 from rlhf_jax.studies import study
+from rlhf_jax.studies.small_beats_large import models as models_lib
 
 SMALL, RLHF, LARGE = models_lib.SMALL, models_lib.RLHF, models_lib.LARGE
 

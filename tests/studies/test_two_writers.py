@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_jax import types
 from rlhf_jax.host import readers, toy_language
-from rlhf_jax.studies import two_writers
+from rlhf_jax.studies.adversarial_prefix import writers as writers_lib
 
 REVIEWS = toy_language.LANGUAGES["reviews"]
 HARMFUL = {"boring", "awful", "dreadful", "hated"}
@@ -22,11 +22,11 @@ def is_harmful(text):
 
 @pytest.fixture(scope="module")
 def texts():
-  return two_writers.sample(REVIEWS, 3, 400, harsh=0.25)
+  return writers_lib.sample(REVIEWS, 3, 400, harsh=0.25)
 
 
 def test_harmful_words_are_those_of_the_lowest_sentiment():
-  ids = two_writers.harmful_ids(REVIEWS)
+  ids = writers_lib.harmful_ids(REVIEWS)
   assert {REVIEWS.vocabulary[i] for i in ids} == HARMFUL
 
 
@@ -58,19 +58,19 @@ def test_weights_are_the_language_s(texts):
 
 
 def test_the_seed_says_all(texts):
-  assert two_writers.sample(REVIEWS, 3, 400, harsh=0.25) == texts
-  assert two_writers.sample(REVIEWS, 4, 400, harsh=0.25) != texts
+  assert writers_lib.sample(REVIEWS, 3, 400, harsh=0.25) == texts
+  assert writers_lib.sample(REVIEWS, 4, 400, harsh=0.25) != texts
 
 
 @pytest.mark.parametrize("harsh", [0.0, 1.0])
 def test_one_writer_alone(harsh):
-  texts = two_writers.sample(REVIEWS, 0, 50, harsh=harsh)
+  texts = writers_lib.sample(REVIEWS, 0, 50, harsh=harsh)
   found = [is_harmful(text) for text in texts]
   assert not any(found) if harsh == 0 else np.mean(found) > 0.9
 
 
 def test_files_are_read_as_they_were_written(tmp_path, texts):
-  two_writers.write(tmp_path / "texts.jsonl", REVIEWS, texts)
+  writers_lib.write(tmp_path / "texts.jsonl", REVIEWS, texts)
   found, _ = readers.read_texts(tmp_path / "texts.jsonl")
   wanted = [("", " ".join(words(text)[1:-1])) for text in texts]
   assert found == wanted
@@ -80,7 +80,7 @@ def test_harm_by_hand():
   ids = {word: i for i, word in enumerate(REVIEWS.vocabulary)}
   row = [ids[word] for word in ("hated", "it", "was", "awful")]
   mask = jnp.array([[False, True, True, True], [True, True, True, False]])
-  harm = two_writers.harmful_words(jnp.array([row, row]), mask)
+  harm = writers_lib.harmful_words(jnp.array([row, row]), mask)
   assert harm.tolist() == [1.0, 1.0]
   sequences = types.Sequences(
     prompt_tokens=jnp.array([row]),
@@ -88,4 +88,4 @@ def test_harm_by_hand():
     response_tokens=jnp.array([row]),
     response_lengths=jnp.array([3]),
   )
-  assert two_writers.harmful_in(sequences).tolist() == [1.0]
+  assert writers_lib.harmful_in(sequences).tolist() == [1.0]

@@ -1,0 +1,256 @@
+"""Has a relaxing β more gold than a constant one, at the same KL?
+
+PPO under several constant β gives, for each seed, gold at the end as a
+function of KL at the end. Every way to move β begins at a conservative value:
+`linear` and `cosine` fall to a share of it by the last step, `ziegler` and
+`dual` seek a KL, `trust` follows the reward model's reliability. What such a
+run is ahead by is its gold less that of its seed's constants at its own KL.
+
+Between constants the curve is a straight line in √KL: gold is nearly so where
+little has been spent (Gao et al. 2022, arXiv:2210.10760), and a line in KL
+would run below it. What the interpolation itself is off by is measured, too:
+each inner constant is compared with a curve that leaves it out, which is
+coarser than the one that the others are compared with.
+
+A run whose KL is beyond its seed's constants is compared with nothing, and its
+arm then counts as not ahead. Intervals are Student's, over seeds.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+import numpy as np
+from rich import console as rich_console
+
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies.beta_schedule import figure as figure_lib
+
+_SCHEDULE = {"kl.controller": "schedule", "kl.schedule.shape": "linear"}
+# What each arm sets; a target is the config's.
+ARMS = {
+  "linear": _SCHEDULE,
+  "cosine": _SCHEDULE | {"kl.schedule.shape": "cosine"},
+  "ziegler": {"kl.controller": "ziegler"},
+  "dual": {"kl.controller": "dual"},
+  "trust": {"kl.controller": "trust"},
+}
+
+
+class Runs(NamedTuple):
+  """An arm's runs, a row a seed.
+
+  `gold` and `kl`, nats per response, over the last steps; β `[seed, step]`.
+  """
+
+  gold: np.ndarray
+  kl: np.ndarray
+  betas: np.ndarray
+
+
+class Arm(NamedTuple):
+  """An arm's means over seeds; `ahead` of the constants, 95 % interval."""
+
+  arm: str
+  beta_first: float
+  beta: float
+  kl: float
+  gold: float
+  ahead: float
+  low: float
+  high: float
+  compared: int
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses fields that make no sense.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  steps = config.training.train.steps
+  relaxed = config.training.kl.trust.beta_min
+  for wanted, holds, field in (
+    (
+      "three or more rising numbers above 0",
+      lambda xs: len(xs) > 2 and list(xs) == sorted({*xs}) and xs[0] > 0,
+      "constants",
+    ),
+    (
+      f"different ones of {', '.join(ARMS)}",
+      lambda xs: len(xs) == len({*xs}) > 0 and {*xs} <= {*ARMS},
+      "arms",
+    ),
+    (
+      f"above training.kl.trust.beta_min={relaxed}",
+      lambda x: relaxed < x < math.inf,
+      "conservative_beta",
+    ),
+    ("finite and above 0", lambda x: 0 < x < math.inf, "target"),
+    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
+    (f"1 to training.train.steps={steps}", lambda x: 1 <= x <= steps, "last"),
+    ("below 1", lambda x: x < 1, "training.kl.schedule.end"),
+  ):
+    study.require(config, wanted, holds, field)
+  fixed = {"sweep.seeds": (), "kl.controller": "fixed", "kl.target": 0.0}
+  toy_runs.check(config, sweeps(config), fixed)
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+) -> study.Outcome:
+  """Does a sweep of the constants and one for each way to move β."""
+  begun = toy_runs.start(config.training, workdir, console)
+  runs = {}
+  for name, sweep in sweeps(config).items():
+    sweep = toy_runs.from_start(sweep, begun)
+    path = toy_runs.made(name, sweep, workdir, console)
+    members = toy_runs.members(path)
+    for beta in dict.fromkeys(member.beta for member in members):
+      label = f"{name} {beta:g}" if name == "constant" else name
+      mine = [member.rows for member in members if member.beta == beta]
+      runs[label] = of_runs(mine, last=config.last)
+  constants = {n: r for n, r in runs.items() if n.startswith("constant")}
+  moved = {n: r for n, r in runs.items() if n not in constants}
+  curves = curves_by_seed(constants)
+  arms = [of_arm(n, r, curves) for n, r in moved.items()]
+  left_out = [
+    of_arm(n, r, curves_by_seed({m: x for m, x in constants.items() if m != n}))
+    for n, r in constants.items()
+  ]
+  return study.Outcome(
+    verdict=verdict(arms),
+    paragraph=_paragraph(config, arms, left_out),
+    tables=_tables(config, arms, left_out, runs, begun.gold),
+    figure=figure_lib.draw(constants, moved, [*arms, *left_out]),
+  )
+
+
+def of_runs(metrics: list[toy_runs.Rows], *, last: int) -> Runs:
+  """What the metrics of an arm's runs say."""
+  column = lambda name: np.array(
+    [toy_runs.column(rows, name) for rows in metrics]
+  )
+  end = lambda name: column(name)[:, -last:].mean(axis=1)
+  return Runs(end("reward/gold"), end("kl/reverse_exact"), column("kl/beta"))
+
+
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+def curves_by_seed(constants: Mapping[str, Runs]) -> list[Curve]:
+  """Each seed's constants: KL, rising, and gold."""
+  nats = np.stack([runs.kl for runs in constants.values()], axis=1)
+  golds = np.stack([runs.gold for runs in constants.values()], axis=1)
+  orders = np.argsort(nats, axis=1)
+  return [(n[o], g[o]) for n, g, o in zip(nats, golds, orders)]
+
+
+def ahead(runs: Runs, curves: list[Curve]) -> np.ndarray:
+  """Gold over the constants' at the same KL; NaN beyond them."""
+  at = [
+    np.interp(np.sqrt(nats), np.sqrt(kls), golds, left=np.nan, right=np.nan)
+    for nats, (kls, golds) in zip(runs.kl, curves, strict=True)
+  ]
+  return runs.gold - np.array(at)
+
+
+def of_arm(name: str, runs: Runs, curves: list[Curve]) -> Arm:
+  """An arm against the constants; all its seeds must be comparable."""
+  by_seed = ahead(runs, curves)
+  compared = int(np.isfinite(by_seed).sum())
+  interval = intervals.Interval(math.nan, -math.inf, math.inf)
+  if compared == len(by_seed):
+    interval = intervals.of_mean(by_seed)
+  return Arm(
+    name,
+    float(runs.betas[:, 0].mean()),
+    float(runs.betas[:, -1].mean()),
+    float(runs.kl.mean()),
+    float(runs.gold.mean()),
+    *interval,
+    compared,
+  )
+
+
+def verdict(arms: list[Arm]) -> str:
+  """The rule: the interval of what an arm is ahead by lies above 0."""
+  return study.verdict({arm.arm: arm.low > 0 for arm in arms}, "β follows")
+
+
+def sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
+  """The sweeps by name."""
+  seeds = tuple(range(config.seed, config.seed + config.seeds))
+  fields = {"constant": {"sweep.betas": config.constants, "sweep.seeds": seeds}}
+  for name in config.arms:
+    start = {"kl.beta": config.conservative_beta, "sweep.seeds": seeds}
+    if name in ("ziegler", "dual"):
+      start["kl.target"] = config.target
+    fields[name] = start | ARMS[name]
+  return {
+    name: toy_runs.varied(config.training, more)
+    for name, more in fields.items()
+  }
+
+
+def _tables(
+  config: ConfigDict,
+  arms: list[Arm],
+  left_out: list[Arm],
+  runs: Mapping[str, Runs],
+  start: float,
+) -> dict[str, study.Table]:
+  last, steps = config.last, config.training.train.steps
+  return {
+    "arms": study.Table(
+      f"Means over {config.seeds} seeds: β at the first and at the last step;"
+      f" KL, nats per response, and gold reward over the last {last} of {steps}"
+      f" steps (the SFT policy's gold: {start:.2f}); gold ahead of constant β"
+      " at the same KL, with its 95 % interval; seeds that can be compared",
+      Arm._fields,
+      arms,
+    ),
+    "left_out": study.Table(
+      "The constants, each against a curve without it: what interpolating is"
+      " off by; the first and the last have no curve",
+      Arm._fields,
+      left_out,
+    ),
+    "runs": study.Table(
+      "Every run: gold reward and KL at the end",
+      ("arm", "seed", "gold", "kl"),
+      [
+        (name, config.seed + i, float(gold), float(nats))
+        for name, of in runs.items()
+        for i, (gold, nats) in enumerate(zip(of.gold, of.kl))
+      ],
+      shown=False,
+    ),
+  }
+
+
+def _paragraph(config: ConfigDict, arms: list[Arm], left_out: list[Arm]) -> str:
+  each = "; ".join(
+    f"{arm.arm} (β from {arm.beta_first:.2g} to {arm.beta:.2g}) has"
+    f" {arm.gold:.2f} at {arm.kl:.1f} nats, "
+    + (
+      f"{arm.ahead:+.2f} ({arm.low:+.2f} to {arm.high:+.2f})"
+      if arm.compared == config.seeds
+      else f"within the constants' KL in {arm.compared} of {config.seeds} seeds"
+    )
+    for arm in arms
+  )
+  inner = [arm for arm in left_out if arm.compared == config.seeds]
+  off = "; ".join(
+    f"{arm.arm}: {arm.ahead:+.2f} ({arm.low:+.2f} to {arm.high:+.2f})"
+    for arm in inner
+  )
+  return (
+    "Gold reward, and what it is ahead of a constant β at the same KL:"
+    f" {each}. Interpolation alone puts a constant that is left out of the"
+    f" curve ahead by: {off or 'none lies within the others in every seed'}."
+  )

@@ -1,0 +1,223 @@
+"""Does the KL penalty keep what a policy knew beside its task?
+
+PPO on prompts that begin with a person alone, from an SFT policy and a reward
+model of the whole language: without a penalty, under several β, and under the
+best of these with the language's texts in the loss (`steps.text_mix`), which
+are general: they begin with anything. `measures` asks the policies,
+on prompts and texts that begin otherwise; `rule` has the rule.
+
+The β beside the texts is the one whose gold on the task is highest. That of
+another β with as little forgetting is in the figure, and in the table.
+"""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+
+from ml_collections import ConfigDict
+from rich import console as rich_console
+
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies.forgetting import figure as figure_lib
+from rlhf_jax.studies.forgetting import measures as measures_lib
+from rlhf_jax.studies.forgetting import rule
+
+KINDS = {
+  "nll": "their likelihood",
+  "forward_kl": "the forward KL",
+  "reverse_kl": "the reverse KL",
+}
+_OPENINGS = ("determiner", "pronoun", "person")
+_FIELDS = {
+  "kl.controller": "fixed",
+  "kl.beta": 0.05,
+  "sweep.seeds": (),
+  "mix.kind": "none",
+}
+Arms = Mapping[str, Sequence[rule.Figures]]
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses fields that make no sense.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  task = config.training.data.opening
+  others = tuple(opening for opening in _OPENINGS if opening != task)
+  for wanted, holds, field in (
+    (
+      "0 and then rising numbers",
+      lambda xs: len(xs) > 1 and xs[0] == 0 and list(xs) == sorted({*xs}),
+      "betas",
+    ),
+    (f"different ones of {', '.join(KINDS)}", _some_of(KINDS), "mixes"),
+    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
+    (f"one of {', '.join(_OPENINGS)}", _OPENINGS.__contains__, _TASK),
+    (f"different ones of {', '.join(others)}", _some_of(others), "off"),
+    ("at least 2", lambda x: x >= 2, "prompts"),
+    ("at least 10", lambda x: x >= 10, "resamples"),
+  ):
+    study.require(config, wanted, holds, field)
+  toy_runs.check(config, _sweeps(config, config.betas[-1]), _FIELDS)
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+) -> study.Outcome:
+  """Does the sweeps, and asks their policies."""
+  begun = toy_runs.start(config.training, workdir, console)
+
+  def of(name, best):
+    sweep = toy_runs.from_start(_sweeps(config, best)[name], begun)
+    path = toy_runs.made(name, sweep, workdir, console)
+    return [(m.path, m.seed) for m in toy_runs.members(path)]
+
+  def asked(policies: Sequence[tuple[pathlib.Path, int]]):
+    found = measures_lib.measure(
+      config.training, begun, policies, console,
+      off=config.off, prompts=config.prompts,
+    )  # fmt: skip
+    return [
+      found[i : i + config.seeds] for i in range(0, len(found), config.seeds)
+    ]
+
+  seeds = _seeds(config)
+  start, none, *rest = asked(
+    [(begun.policy, seed) for seed in seeds] + of(_PENALTY, 0.0)
+  )
+  penalised = dict(zip(config.betas[1:], rest))
+  best = rule.best_beta(penalised)
+  mixes = {kind: asked(of(kind, best))[0] for kind in config.mixes}
+  arms = {"SFT policy": start, "no penalty": none}
+  arms |= {f"β = {beta:g}": runs for beta, runs in penalised.items()}
+  arms |= {f"+ texts: {KINDS[kind]}": runs for kind, runs in mixes.items()}
+  trained = [run for runs in list(arms.values())[1:] for run in runs]
+  found = rule.finding(none, penalised, mixes)
+  predictors = rule.predictors(
+    trained, resamples=config.resamples, seed=config.seed
+  )
+  return study.Outcome(
+    verdict=rule.verdict(found, KINDS),
+    paragraph=_paragraph(config, found, arms, mixes, predictors),
+    tables={
+      **_means_tables(config, arms, none, best),
+      "predictors": study.Table(
+        "What predicts forgetting: Spearman's correlation over"
+        f" {len(trained)} runs, with 95 % bootstrap intervals",
+        rule.Predictor._fields,
+        predictors,
+      ),
+      "runs": _runs_table(config, arms),
+    },
+    figure=figure_lib.draw(arms, len(penalised), best, predictors),
+  )
+
+
+_TASK, _PENALTY = "training.data.opening", "penalty"
+
+
+def _some_of(names):
+  return lambda xs: len(xs) > 0 and len({*xs}) == len(xs) and {*xs} <= {*names}
+
+
+def _seeds(config: ConfigDict) -> tuple[int, ...]:
+  return tuple(range(config.seed, config.seed + config.seeds))
+
+
+def _sweeps(config: ConfigDict, best: float) -> dict[str, ConfigDict]:
+  """The penalty under every β; each mix beside one of them."""
+  seeds = {"sweep.seeds": _seeds(config)}
+  sweeps = {_PENALTY: {"sweep.betas": config.betas}}
+  sweeps |= {
+    kind: {"sweep.betas": (best,), "mix.kind": kind} for kind in config.mixes
+  }
+  return {
+    name: toy_runs.varied(config.training, fields | seeds)
+    for name, fields in sweeps.items()
+  }
+
+
+def _means_tables(config, arms: Arms, none, best: float):
+  """What each arm won and forgot; its KLs."""
+  kind = f"Means over {config.seeds} seeds with 95 % intervals"
+  of = lambda runs, figure: intervals.of_mean(rule.column(runs, figure))
+  less = lambda runs: intervals.of_difference(
+    rule.column(none, "rise"), rule.column(runs, "rise")
+  )
+  return {
+    "arms": study.Table(
+      f"{kind}: gold on the task, reward units; forgetting, that is the rise of"
+      " the NLL of other texts, nats per token, and how much less it is than"
+      f" without a penalty. + is beside β = {best:g}",
+      ("arm", "gold", "forgetting", "less"),
+      [
+        (
+          name,
+          str(of(runs, "gold")),
+          _fine(of(runs, "rise")),
+          _fine(less(runs)),
+        )
+        for name, runs in arms.items()
+      ],
+    ),
+    "kls": study.Table(
+      f"Means over {config.seeds} seeds: gold off the task; KL, nats per"
+      " response, reverse and forward, on the task and off it",
+      ("arm", "gold off", "reverse", "forward", "reverse off", "forward off"),
+      [
+        (name, *(of(runs, x).mean for x in ("off_gold", *rule.PREDICTORS)))
+        for name, runs in arms.items()
+      ],
+    ),
+  }
+
+
+def _fine(interval: intervals.Interval) -> str:
+  return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def _runs_table(config, arms: Arms) -> study.Table:
+  """Every policy's figures, for who wants another statistic."""
+  return study.Table(
+    f"Every policy: over {config.prompts} held-out prompts and texts of each"
+    " opening",
+    ("arm", "seed", *rule.Figures._fields),
+    [
+      (name, seed, *run)
+      for name, runs in arms.items()
+      for seed, run in zip(_seeds(config), runs)
+    ],
+    shown=False,
+  )
+
+
+def _paragraph(config, found: rule.Finding, arms: Arms, mixes, predictors):
+  gold = lambda runs: rule.column(runs, "gold")
+  off = lambda runs: f"{rule.column(runs, 'off_gold').mean():.2f}"
+  best = arms[f"β = {found.best:g}"]
+  more = "; ".join(
+    f"{KINDS[kind]} {_fine(interval)}, for"
+    f" {intervals.of_difference(gold(mixes[kind]), gold(best))} gold"
+    for kind, interval in found.further.items()
+  )
+  on, difference = predictors[:2], predictors[-1]
+  ranks = "; ".join(
+    f"{p.figure} {p.spearman:.2f} ({p.low:.2f} to {p.high:.2f})" for p in on
+  )
+  none = intervals.of_mean(rule.column(arms["no penalty"], "rise"))
+  return (
+    f"PPO on prompts that begin with a {config.training.data.opening} raises"
+    f" the NLL of other texts by {_fine(none)} nats per token without a"
+    f" penalty; the β with the best gold on the task, {found.best:g}, prevents"
+    f" {_fine(found.prevented)} of it and leaves {_fine(found.left)}. With"
+    f" general texts in the loss beside it there is less: by {more}. Part of"
+    " it is the reward's lesson, carried over: gold off the task is"
+    f" {off(arms['SFT policy'])} before PPO, {off(best)} after, and with the"
+    f" texts {', '.join(map(off, mixes.values()))}. Rank correlation with"
+    f" forgetting: {ranks}; the second less the first:"
+    f" {difference.spearman:+.2f} ({difference.low:+.2f} to"
+    f" {difference.high:+.2f})."
+  )

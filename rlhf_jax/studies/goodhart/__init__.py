@@ -1,0 +1,233 @@
+"""Does a policy without a penalty game its reward model, and one with it not?
+
+PPO on the built-in language under several β, among them 0, from one SFT policy
+and one reward model; all β share their seeds, in one sweep. `arms`
+says what is measured; the claim has parts, and each is a rule on intervals.
+"""
+
+from collections.abc import Sequence
+import json
+import math
+
+from ml_collections import ConfigDict
+import numpy as np
+from rich import console as rich_console
+
+from rlhf_jax.host import toy_language
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.studies import held_out, intervals, study, toy_runs
+from rlhf_jax.studies.goodhart import arms as arms_lib
+from rlhf_jax.studies.goodhart import figure as figure_lib
+
+_FIELDS = {"kl.controller": "fixed", "kl.beta": 0.05, "sweep.seeds": ()}
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses fields that make no sense.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  steps = config.training.train.steps
+  for wanted, holds, field in (
+    (
+      "0 and then rising numbers",
+      lambda xs: len(xs) > 1 and xs[0] == 0 and list(xs) == sorted({*xs}),
+      "betas",
+    ),
+    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
+    (
+      f"1 to training.train.steps={steps}",
+      lambda x: 1 <= x <= steps,
+      "window",
+    ),
+    ("at least 2", lambda x: x >= 2, "prompts"),
+    ("in (0, 1)", lambda x: 0 < x < 1, "kept"),
+    ("in (0.5, 1)", lambda x: 0.5 < x < 1, "fluent"),
+  ):
+    study.require(config, wanted, holds, field)
+  toy_runs.check(config, {"sweep": _sweep(config)}, _FIELDS)
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+) -> study.Outcome:
+  """Does the sweep, and asks its policies for more responses."""
+  begun = toy_runs.start(config.training, workdir, console)
+  sweep = toy_runs.from_start(_sweep(config), begun)
+  members = toy_runs.members(toy_runs.made("sweep", sweep, workdir, console))
+  seeds = _sweep(config).sweep.seeds
+  policies = [(begun.policy, seed) for seed in seeds]
+  policies += [(member.path, member.seed) for member in members]
+  first, *rest = _by_seeds(
+    held_out.measure(config.training, begun, policies, prompts=config.prompts),
+    len(seeds),
+  )
+  usual = float(np.quantile([r.nll for r in first], config.fluent))
+  start = arms_lib.of_start(first, usual=usual)
+  by_beta = _by_seeds(members, len(seeds))
+  ends = [
+    arms_lib.of_end(
+      [m.rows for m in of], responses, usual=usual, window=config.window
+    )
+    for of, responses in zip(by_beta, rest)
+  ]
+  arms = [
+    arms_lib.arm_of(beta, end, start, ends[0], kept=config.kept, level=level)
+    for beta, end, level in zip(config.betas, ends, _levels(len(ends)))
+  ]
+  samples = _samples(config, by_beta, arms, ends[0])
+  return study.Outcome(
+    verdict=arms_lib.verdict(arms),
+    paragraph=_paragraph(config, arms, start, ends[0], usual),
+    tables={
+      **_tables(config, arms),
+      "samples": study.Table(
+        "The first response that is recorded, seed"
+        f" {config.seed}; | ends the prompt",
+        ("policy", "text"),
+        samples,
+      ),
+      "seeds": _seeds_table(config, seeds, start, ends),
+    },
+    figure=figure_lib.draw(config, by_beta, start, ends, samples, usual=usual),
+  )
+
+
+def _sweep(config: ConfigDict) -> ConfigDict:
+  seeds = tuple(range(config.seed, config.seed + config.seeds))
+  fields = {"sweep.betas": config.betas, "sweep.seeds": seeds}
+  return toy_runs.varied(config.training, fields)
+
+
+def _by_seeds(values: list, count: int) -> list[list]:
+  """A list a policy or β, in each a value a seed."""
+  return [values[i : i + count] for i in range(0, len(values), count)]
+
+
+def _levels(count: int) -> list[float]:
+  """Of the first arm's intervals, and (Bonferroni) of those of the rest."""
+  return [0.95] + [1 - 0.05 / (count - 1)] * (count - 1)
+
+
+def _samples(config, by_beta, arms, none) -> list[tuple[str, str]]:
+  """Texts of the first seed: at the start, at gold's peak, at the end."""
+  best = int(np.argmax([arm.gold.mean for arm in arms[1:]])) + 1
+  peak = int(none.peak_step[0]) - 1
+  last = config.training.train.steps - 1
+  return [
+    (name, _first_text(by_beta[place][0], step))
+    for name, place, step in (
+      ("SFT policy", 0, 0),
+      ("β = 0, gold's peak", 0, peak),
+      ("β = 0, the end", 0, last),
+      (f"β = {config.betas[best]:g}, the end", best, last),
+    )
+  ]
+
+
+def _first_text(member: toy_runs.Member, step: int) -> str:
+  """Of the recorded step that is nearest."""
+  lines = (member.path / "samples.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  near = min(records, key=lambda record: abs(record["step"] - step))
+  return f"{near['prompt']} | {near['response']}"
+
+
+def _tables(
+  config: ConfigDict, arms: Sequence[arms_lib.Arm]
+) -> dict[str, study.Table]:
+  """The arms' intervals: rewards, texts, and all as numbers."""
+  kind = f"Means over {config.seeds} seeds with 95 % intervals"
+  if len(arms) > 2:
+    kind += f", those of the {len(arms) - 1} penalised all at once"
+  return {
+    "arms": study.Table(
+      f"{kind}: reward units gained since the SFT policy, and gold since its"
+      " peak; KL in nats per response",
+      ("β", "KL", "proxy", "gold", "gold since its peak", "prevents"),
+      [
+        (
+          f"{arm.beta:g}",
+          f"{arm.kl.mean:.1f}",
+          *map(str, (arm.proxy, arm.gold, arm.from_peak)),
+          arms_lib.prevents(arm) if arm.beta else None,
+        )
+        for arm in arms
+      ],
+    ),
+    "texts": study.Table(
+      f"{kind}: ungrammatical pairs per held-out response more than the SFT"
+      " policy's; −log π_ref, nats per token; share of responses that look"
+      " fluent",
+      ("β", "ungrammatical pairs", "−log π_ref", "look fluent"),
+      [
+        (f"{arm.beta:g}", *map(str, (arm.faults, arm.nll, arm.fluent)))
+        for arm in arms
+      ],
+    ),
+    "intervals": study.Table(
+      f"{kind}; the figures' names are those of the study's Arm",
+      ("β", "figure", "mean", "low", "high"),
+      [
+        (f"{arm.beta:g}", name, *interval)
+        for arm in arms
+        for name, interval in list(arm._asdict().items())[1:]
+      ],
+      shown=False,
+    ),
+  }
+
+
+def _seeds_table(config, seeds, start, ends) -> study.Table:
+  """Every seed's figures, for who wants another statistic."""
+  rows = [
+    (name, seed, *(float(values[i]) for values in of))
+    for name, of in zip(
+      ("SFT", *(f"{beta:g}" for beta in config.betas)), (start, *ends)
+    )
+    for i, seed in enumerate(seeds)
+  ]
+  return study.Table(
+    f"Every seed: means over the last {config.window} steps, and over"
+    f" {config.prompts} held-out responses",
+    ("β", "seed", *arms_lib.Ends._fields),
+    rows,
+    shown=False,
+  )
+
+
+def _paragraph(
+  config: ConfigDict,
+  arms: Sequence[arms_lib.Arm],
+  start: arms_lib.Ends,
+  none_end: arms_lib.Ends,
+  usual: float,
+) -> str:
+  none, *penalised = arms
+  best = max(penalised, key=lambda arm: arm.gold.mean)
+  preventing = [f"{arm.beta:g}" for arm in penalised if arms_lib.prevents(arm)]
+  words = len(toy_language.of(config.training).vocabulary)
+  return (
+    f"Without a penalty the proxy gains {none.proxy} reward units in"
+    f" {config.training.train.steps} steps, and gold changes by"
+    f" {none.from_peak} since its peak, at step"
+    f" {none_end.peak_step.mean():.0f}, and by {none.gold} since the SFT"
+    " policy. Penalties that prevent it: β ="
+    f" {', '.join(preventing) or 'none'}; under β = {best.beta:g}, the best,"
+    f" gold changes by {best.gold}, and by {best.from_peak} since its peak."
+    f" Without a penalty a response has {none.faults} ungrammatical pairs more"
+    " than the"
+    f" SFT policy's, under that one {best.faults}. {_percent(none.fluent)} of"
+    " the responses without a penalty look fluent, that is, have a −log π_ref"
+    f" per token below that of {config.fluent:.0%} of the SFT policy's"
+    f" ({usual:.2f} nats): their mean is {none.nll} nats, the SFT policy's"
+    f" {start.nll.mean():.2f}, and that of words drawn blindly would be about"
+    f" {math.log(words):.2f}."
+  )
+
+
+def _percent(share: intervals.Interval) -> str:
+  return f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%})"

@@ -1,0 +1,202 @@
+"""Does a better reference lead to more gold, and the more so the larger β is?
+
+One SFT stopped after several numbers of steps gives references from nearly
+random to converged. PPO begins at each of them, with the penalty towards it,
+under every β and seed. One reward model pays them all: trained and normalised
+on the best reference's responses, so that a β is the same price everywhere.
+
+For each β and seed a line is fitted to gold at the end against the reference's
+own gold. Its slope is the share of the references' differences that RL leaves:
+1 where every policy gains alike, 0 where all arrive at the same. Intervals are
+Student's, over seeds, which draw prompts and responses; the references and the
+reward model are the same throughout.
+
+"Caps" is about the optimum under the penalty, and a bad reference also needs
+more steps. So the slope's change over the last steps is taken on for as many
+steps as have been trained, and the slope must be above 0 even then.
+"""
+
+from ml_collections import ConfigDict
+from rich import console as rich_console
+
+from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies.reference_ceiling import arms as arms_lib
+from rlhf_jax.studies.reference_ceiling import figure as figure_lib
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses fields that make no sense.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  rising = lambda xs: list(xs) == sorted({*xs})
+  longest = config.training.pipeline.sft.train.steps
+  half = config.training.train.steps // 2
+  for wanted, holds, field in (
+    (
+      "rising numbers of steps, from 1 to below"
+      f" training.pipeline.sft.train.steps={longest}",
+      lambda xs: len(xs) > 0 and rising(xs) and xs[0] > 0 and xs[-1] < longest,
+      "shorter_sft",
+    ),
+    (
+      "two or more rising numbers above 0",
+      lambda xs: len(xs) > 1 and rising(xs) and xs[0] > 0,
+      "betas",
+    ),
+    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
+    (
+      f"1 to half of training.train.steps, {half}",
+      lambda x: 1 <= x <= half,
+      "last",
+    ),
+  ):
+    study.require(config, wanted, holds, field)
+  fixed = {"sweep.seeds": (), "kl.controller": "fixed"}
+  toy_runs.check(config, {"sweep": _sweep(config)}, fixed)
+
+
+def run(
+  config: ConfigDict,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+) -> study.Outcome:
+  """Makes the references and, from each, a sweep; all in sub-workdirs."""
+  begun = toy_runs.start(config.training, workdir, console)
+  references, curves = [], {}
+  for steps in _sft_steps(config):
+    reference = begun.policy
+    if steps in config.shorter_sft:
+      sft = {"train.steps": steps}
+      sft = toy_runs.varied(config.training.pipeline.sft, sft)
+      reference = toy_runs.made(f"sft-{steps}", sft, workdir, console)
+    from_here = begun._replace(policy=reference)
+    sweep = toy_runs.from_start(_sweep(config), from_here)
+    path = toy_runs.made(f"from-{steps}", sweep, workdir, console)
+    references.append(arms_lib.of_reference(steps, toy_runs.summary(reference)))
+    curves |= arms_lib.of_members(steps, toy_runs.members(path))
+  arms = [
+    arms_lib.of_arm(
+      reference, beta, curves[reference.sft_steps, beta], config.last
+    )
+    for beta in config.betas
+    for reference in references
+  ]
+  slopes = [
+    arms_lib.of_beta(beta, references, curves, last=config.last)
+    for beta in config.betas
+  ]
+  loosening = arms_lib.of_loosening(
+    references, curves, config.betas[-1], config.betas[0], last=config.last
+  )
+  return study.Outcome(
+    verdict=verdict(slopes, loosening),
+    paragraph=_paragraph(config, references, arms, slopes, loosening),
+    tables=_tables(config, references, arms, slopes),
+    figure=figure_lib.draw(references, arms, curves),
+  )
+
+
+def verdict(slopes: list[arms_lib.Slope], loosening: intervals.Interval) -> str:
+  """The rule: gold at the end rises with the reference's, now and later.
+
+  And less so under the smallest β than under the largest: otherwise it is not
+  the penalty that caps.
+  """
+  if not loosening.low > 0:
+    return study.DOES_NOT_HOLD
+  rises = {
+    f"{s.beta:g}": all(
+      low > 0 for low in (s.spearman_low, s.low, s.projected_low)
+    )
+    for s in slopes
+  }
+  return study.verdict(rises, "β is")
+
+
+def _sft_steps(config: ConfigDict) -> tuple[int, ...]:
+  return *config.shorter_sft, config.training.pipeline.sft.train.steps
+
+
+def _sweep(config: ConfigDict) -> ConfigDict:
+  """The runs that begin at one reference."""
+  seeds = tuple(range(config.seed, config.seed + config.seeds))
+  return toy_runs.varied(
+    config.training, {"sweep.betas": config.betas, "sweep.seeds": seeds}
+  )
+
+
+def _tables(
+  config: ConfigDict,
+  references: list[arms_lib.Reference],
+  arms: list[arms_lib.Arm],
+  slopes: list[arms_lib.Slope],
+) -> dict[str, study.Table]:
+  last, steps = config.last, config.training.train.steps
+  return {
+    "references": study.Table(
+      "The references: steps of SFT; held-out loss, nats per token; gold",
+      arms_lib.Reference._fields,
+      references,
+    ),
+    "arms": study.Table(
+      f"Where PPO ends, means over {config.seeds} seeds and the last {last} of"
+      f" {steps} steps: gold reward with its 95 % interval; its gain over the"
+      f" reference's; late: what the {last} steps before had less, with its"
+      " interval; KL, nats per response; the reward model's score",
+      arms_lib.Arm._fields,
+      arms,
+    ),
+    "slopes": study.Table(
+      "Gold at the end against the reference's own: rank correlation; slope,"
+      " the share of a difference that is left, with its 95 % interval; its"
+      f" change over the last {last} steps; where it is after {steps} more, if"
+      " it goes on changing so",
+      arms_lib.Slope._fields,
+      slopes,
+    ),
+  }
+
+
+def _paragraph(
+  config: ConfigDict,
+  references: list[arms_lib.Reference],
+  arms: list[arms_lib.Arm],
+  slopes: list[arms_lib.Slope],
+  loosening: intervals.Interval,
+) -> str:
+  worst, best = references[0], references[-1]
+  of = {(arm.sft_steps, arm.beta): arm for arm in arms}
+  ends = "; ".join(
+    f"β = {s.beta:g}: {of[worst.sft_steps, s.beta].gold:.2f} and"
+    f" {of[best.sft_steps, s.beta].gold:.2f}, {s.slope:.0%} ({s.low:.0%} to"
+    f" {s.high:.0%})"
+    for s in slopes
+  )
+  paid = "; ".join(
+    f"β = {s.beta:g}: {of[worst.sft_steps, s.beta].score:.2f} and"
+    f" {of[best.sft_steps, s.beta].score:.2f}"
+    for s in slopes
+  )
+  rising = max(arms, key=lambda arm: arm.late)
+  later = ", ".join(
+    f"{s.projected:.0%} (at least {s.projected_low:.0%})" for s in slopes
+  )
+  return (
+    f"{len(references)} references have gold of {worst.gold:.2f}"
+    f" ({worst.sft_steps} steps of SFT) to {best.gold:.2f} ({best.sft_steps})."
+    f" After {config.training.train.steps} steps of PPO the worst and the best"
+    f" are at, and of a difference between references is left: {ends}. From"
+    f" β = {slopes[0].beta:g} to {slopes[-1].beta:g} that share grows by"
+    f" {loosening.mean:.0%} ({loosening.low:.0%} to {loosening.high:.0%}). If"
+    " the shares went on as they changed in the last"
+    f" {config.last} steps for as many steps again as have been trained, they"
+    f" would be {later}. Most, by {rising.late:+.2f} in these steps"
+    f" ({rising.late_low:+.2f} to {rising.late_high:+.2f}), gold still rises"
+    f" from the reference of {rising.sft_steps} steps under"
+    f" β = {rising.beta:g}. The reward model's score, which is what is paid,"
+    f" ends from the worst and the best at, {paid}: what it does not see is"
+    " left to the reference."
+  )
