@@ -48,10 +48,11 @@ def packed(
     found = toy_language.of(config).sample_texts(
       config.seed, config.data.size, opening
     )
-  sides = batches.split_heldout(
+  seen, heldout = batches.split_heldout(
     found, config.data.heldout_fraction, config.seed
   )
-  return tuple(_pack(side, config, policy, path, say) for side in sides)
+  pack = lambda side: _pack(side, config, policy, path, say)
+  return pack(seen), pack(heldout)
 
 
 def _pack(side, config, policy, path, say) -> types.PackedTexts:
