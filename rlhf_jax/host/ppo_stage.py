@@ -193,7 +193,7 @@ def _step_and_states(models, members, mesh, stacked):
   policy, reward = models.policy, models.reward
   head = transformer.init_scalar_head(policy.model.width, use_bias=True)
   params = {"transformer": policy.params["transformer"], "value_head": head}
-  vectorise = stacked and settings.vectorises()
+  vectorise = stacked and members_lib.vectorises(mesh)
   step = ppo.make_step(
     settings.ppo_config(
       config,

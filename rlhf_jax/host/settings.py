@@ -126,8 +126,3 @@ def _controller(name: str, fields: ConfigDict, steps: int) -> beta.Controller:
 def logits_per_chunk(config: ConfigDict, *, members: int = 1) -> int:
   """Logits of a member that may exist at once: `LOGITS` on each device."""
   return max(1, LOGITS * mesh(config).size // members)
-
-
-def vectorises() -> bool:
-  """Whether a sweep's members are one operation; see `steps.members`."""
-  return jax.default_backend() != "cpu"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import importlib
 import numbers
 import re
+import threading
 from typing import Any
 
 import jax
@@ -79,6 +80,7 @@ class TextReward:
     self._function = function
     self._tokenizer = tokenizer
     self._failure: errors.UserError | None = None
+    self._one_at_a_time = threading.Lock()
 
   def __call__(self, sequences: types.Sequences, step: int) -> np.ndarray:
     """Scores `[B]`, float32; all NaN where the function failed."""
@@ -93,7 +95,9 @@ class TextReward:
       )
     ]
     try:
-      scores = self._function(prompts, responses)
+      # A sweep's devices call it from threads of their own.
+      with self._one_at_a_time:
+        scores = self._function(prompts, responses)
       return self._checked(scores, prompts)
     except errors.UserError as failure:
       self._failure = failure

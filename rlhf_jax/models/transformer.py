@@ -402,7 +402,8 @@ def shard_batch(x: Array) -> Array:
 
 
 def _constrain(x, spec):
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.are_all_axes_manual:  # None, or one device's part.
     return x
   return lax.with_sharding_constraint(x, spec)
 

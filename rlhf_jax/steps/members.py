@@ -26,7 +26,7 @@ def step_of_all(
     step: `step(state, reference, reward_model, batch, key)`; vectorised, it
       may use the axis `sharding.MEMBER_AXIS`.
     mesh: Its axis of members, if it has one, divides them.
-    vectorise: Whether `vmap` or a loop.
+    vectorise: Whether `vmap` or a loop; see `vectorises`.
   """
   axis = sharding.MEMBER_AXIS
   divided = axis in mesh.axis_names
@@ -47,11 +47,21 @@ def step_of_all(
 
   if not divided:
     return each
+  # All axes are ours, though one is divided: a reward on the host needs that.
   return jax.shard_map(
     each,
     mesh=mesh,
     in_specs=(P(axis), P(), P(), P(axis), P(axis)),
     out_specs=P(axis),
-    axis_names={axis},
     check_vma=False,
   )
+
+
+def vectorises(mesh: Mesh) -> bool:
+  """Whether members are one operation: but where a CPU's device has whole ones.
+
+  Where a member is divided itself, `vmap` leaves the division to XLA.
+  """
+  is_cpu = mesh.devices.flat[0].platform == "cpu"
+  has_whole = mesh.size == mesh.shape.get(sharding.MEMBER_AXIS, 1)
+  return not (is_cpu and has_whole)

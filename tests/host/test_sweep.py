@@ -41,7 +41,7 @@ def shrunk(*overrides):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Four members on eight devices, two of which each has to itself."""
+  """Four members on eight devices, two of which each has to itself: a vmap."""
   directory = tmp_path_factory.mktemp("sweep")
   config = shrunk(
     f"sweep.betas={BETAS}", f"sweep.seeds={SEEDS}", "ppo.minibatches=1"
@@ -127,7 +127,8 @@ def assert_near(found, wanted):
 def test_chunks_and_single_runs(run, tmp_path):
   """Three at once are two chunks of two; each is in its own checkpoints.
 
-  On one device a member equals the single run with its seed to the last bit.
+  One device loops over its members: each is the single run with its seed, to
+  the last bit.
   """
   one = "mesh.data=1"
   config = on(
@@ -158,21 +159,43 @@ def test_chunks_and_single_runs(run, tmp_path):
     assert member == alone
 
 
-def test_vectorised_members(run, tmp_path, monkeypatch):
-  """As an accelerator has them: one operation, the members on its devices."""
-  monkeypatch.setattr(settings, "vectorises", lambda: True)
+def test_whole_members_on_each_device(run, tmp_path):
+  """Sixteen on eight devices: two on each, which it takes in turn."""
+  seeds = (*SEEDS, *range(20, 26))
   config = on(
     run,
     f"sweep.betas={BETAS}",
-    f"sweep.seeds={SEEDS}",
+    f"sweep.seeds={seeds}",
+    "sweep.frontier=False",
+  )
+  assert settings.mesh(config, members=16).shape["member"] == 8
+  stages.run(config, str(tmp_path / "run"), resume=False)
+  for member in read(run / "summary.json")["members"]:
+    assert_near(
+      rows(tmp_path / "run" / member["workdir"]), rows(run / member["workdir"])
+    )
+
+
+def lengths_reward(prompts, responses):
+  return [float(len(text)) for text in responses]
+
+
+def test_a_reward_on_the_host(run, tmp_path):
+  """Called by every device; a member's scores are those of its responses."""
+  config = shrunk(
+    f"policy.path={run / 'sft'}",
+    "ppo.minibatches=1",
+    "reward.kind=python",
+    f"reward.function={__name__}:lengths_reward",
+    f"sweep.seeds={tuple(range(8))}",
     "sweep.frontier=False",
   )
   stages.run(config, str(tmp_path / "run"), resume=False)
-  for member in read(run / "summary.json")["members"]:
-    looped, found = (
-      rows(path / member["workdir"]) for path in (run, tmp_path / "run")
-    )
-    assert_near(found, looped)
+  for seed in range(8):
+    path = tmp_path / "run" / f"beta=0.05,seed={seed}"
+    samples = (path / "samples.jsonl").read_text().splitlines()
+    for sample in map(json.loads, samples):
+      assert sample["score"] == len(sample["response"])
 
 
 def test_resume_does_the_chunk_that_is_missing(run, tmp_path, monkeypatch):
