@@ -62,7 +62,7 @@ def measure(members: int, steps: int) -> dict[str, Any]:
     directory = pathlib.Path(name)
     toy = ["launch.train", "--config=configs/ppo.py"]
     timed(directory, "start", *toy, "--config.train.steps=1")
-    shutil.rmtree(directory / "compiled")
+    shutil.rmtree(directory / "compiled", ignore_errors=True)
     shared = [
       "--config=configs/ppo.py",
       f"--config.policy.path={directory / 'start' / 'sft'}",

@@ -17,7 +17,9 @@ names the field in full.
 
 What XLA compiled is kept in the user's cache directory: a step of the toy takes
 five to ten times as long to compile as to load. JAX's own variables go before
-this: JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0.
+this: JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0. The directory
+can be deleted at any time; should a warning say that an entry cannot be read,
+because a process died as it wrote it, delete it.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,7 +99,8 @@ def run(
       logging.set_verbosity(logging.WARNING)
       # transformers advises to install torch, which nothing here needs.
       os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compiled()))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+      os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compiled())
     return exit_code(lambda: main(values))
 
   app.run(main_or_code, flags_parser=parse_or_exit)
@@ -154,7 +157,7 @@ def parse(
 
 def _compiled() -> pathlib.Path:
   """Of this machine: a home may be shared by machines of several kinds."""
-  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return pathlib.Path(cache, "rlhf_jax", f"compiled-{platform.node()}")
 
 

@@ -109,8 +109,8 @@ def run(
     console=console,
   )
   looked = _finished(config, state, reference, prompts, mesh, compiled.ledger)
-  record.finished(looked)
   metrics = workdir.mean_of_last()
+  record.finished(looked)
   metrics |= {name: float(x) for name, x in looked.scalars.items()}
   metrics |= _heldout(config, state, heldout, mesh, compiled.step)
   final = dataclasses.replace(

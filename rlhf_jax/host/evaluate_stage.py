@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from ml_collections import ConfigDict
-import numpy as np
 from rich import box as rich_box
 from rich import console as rich_console
 from rich import table as rich_table
@@ -21,6 +20,7 @@ from rlhf_jax.host import (
   evaluation,
   retention,
   roles,
+  sample_records,
   trained_run,
   validate,
 )
@@ -48,8 +48,10 @@ def run(
   reference = roles.reference(config, policy)
   reward = roles.reward(config, policy)
   opponent = _opponent(config, policy) or reference
-  prompts = evaluation.heldout_prompts(config, policy, console)
-  trained_run.print_overlap(config, trained, console)
+  shared = trained_run.shares_prompts(config, trained)
+  prompts = evaluation.heldout_prompts(config, policy, console, shared=shared)
+  if not shared:
+    trained_run.print_overlap(config, trained, console)
 
   mine = evaluation.evaluate(
     config,
@@ -136,22 +138,18 @@ def _records(
   theirs: evaluate_lib.Evaluation,
 ) -> list[dict[str, Any]]:
   """A record a prompt: the response, token by token, and the opponent's."""
-  sequences, comparison = mine.rollout.sequences, mine.comparison
   worth = evaluation.worth(mine), evaluation.worth(theirs)
-  decode = lambda ids: tokenizer_lib.decode(policy.tokenizer, ids.tolist())
   records = []
-  for row, size in enumerate(sequences.response_lengths):
-    prompt = sequences.prompt_tokens[row]
-    prompt = prompt[len(prompt) - sequences.prompt_lengths[row] :]
-    numbers = lambda x, row=row, size=size: np.round(x[row, :size], 5).tolist()
-    record = {"step": 0, "prompt": decode(prompt)}
-    record |= _response(mine, row, decode)
-    record |= {
-      "logprobs": numbers(comparison.logprobs),
-      "reference_logprobs": numbers(comparison.reference_logprobs),
-      "reverse_kl": numbers(comparison.reverse_kl),
-    }
-    against = _response(theirs, row, decode)
+  for row in range(len(mine.score)):
+    record = {"step": 0}
+    record |= sample_records.of_response(
+      policy, mine.rollout.sequences, mine.comparison, row
+    )
+    record |= _worth(mine, row)
+    others = theirs.rollout.sequences
+    text = others.response_tokens[row, : others.response_lengths[row]].tolist()
+    against = {"response": tokenizer_lib.decode(policy.tokenizer, text)}
+    against |= _worth(theirs, row)
     record |= {f"against_{name}": value for name, value in against.items()}
     first, second = (x[row] for x in worth)
     record["win"] = 0.5 if first == second else float(first > second)
@@ -159,13 +157,8 @@ def _records(
   return records
 
 
-def _response(of: evaluate_lib.Evaluation, row: int, decode) -> dict[str, Any]:
-  sequences = of.rollout.sequences
-  size = sequences.response_lengths[row]
-  found = {
-    "response": decode(sequences.response_tokens[row, :size]),
-    "score": float(of.score[row]),
-  }
+def _worth(of: evaluate_lib.Evaluation, row: int) -> dict[str, float]:
+  found = {"score": float(of.score[row])}
   if of.gold is not None:
     found["gold"] = float(of.gold[row])
   return found

@@ -8,7 +8,6 @@ so that some are equal to prompts that were trained on.)
 
 from collections.abc import Callable, Sequence
 import functools
-import pathlib
 
 import jax
 from jaxtyping import Float
@@ -21,7 +20,6 @@ from scipy import stats
 from rlhf_jax import errors, types
 from rlhf_jax.host import (
   batches,
-  readers,
   roles,
   sampling,
   settings,
@@ -31,6 +29,7 @@ from rlhf_jax.host import (
 from rlhf_jax.host import best_of_n as best_of_n_lib
 from rlhf_jax.host import prefix as prefix_lib
 from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.host import texts as texts_lib
 from rlhf_jax.steps import evaluate as evaluate_lib
 from rlhf_jax.steps import ppo, rewards, sharding
 
@@ -46,11 +45,14 @@ def seed_of(seed: int, stream: int) -> int:
 
 
 def heldout_texts(
-  config: ConfigDict,
+  config: ConfigDict, *, shared: bool
 ) -> tuple[Sequence[str] | Sequence[list[int]], str]:
   """`evaluate.prompts` prompts, and a line that says where they are from.
 
-  Those of `data.path` are drawn from its rows; all, where there are fewer.
+  Args:
+    config: Names the file, or the built-in language.
+    shared: Whether training read the file, too: prompts are then those that it
+      held out. All rows of another file are.
   """
   wanted = config.evaluate.prompts
   if not config.data.path:
@@ -60,16 +62,25 @@ def heldout_texts(
     )
     source = f"the built-in language {config.data.language!r}, seed {seed}"
     return prompts, f"{wanted} prompts of {source}"
-  texts, counts = readers.read_prompts(pathlib.Path(config.data.path))
+  path, fraction = config.data.path, config.data.heldout_fraction
+  texts, held, counts = texts_lib.split_prompts(
+    path, fraction if shared else 0.0
+  )
+  how = ", held out of training" if held else ""
+  if shared and not held:
+    how = ", all of them trained on: data.heldout_fraction holds out none"
+  texts = held or texts
   count = min(wanted, len(texts))
   chosen = batches.batch_at(texts, seed=config.seed, step=0, batch_size=count)
-  return chosen, f"{count} of {config.data.path}: {counts}"
+  return chosen, f"{count} of {path}: {counts}{how}"
 
 
 def heldout_prompts(
   config: ConfigDict,
   policy: pretrained_lib.Pretrained,
   console: rich_console.Console,
+  *,
+  shared: bool,
 ) -> types.Prompts:
   """The prompts of `heldout_texts` as arrays; prints where they are from.
 
@@ -78,7 +89,7 @@ def heldout_prompts(
   """
   if not config.data.path:
     pretrained_lib.check_speaks_the_built_in_language(policy, config)
-  texts, line = heldout_texts(config)
+  texts, line = heldout_texts(config, shared=shared)
   where = config.data.path or "the built-in language"
   prompts, cut = sampling.prompts_array(texts, config, policy, where)
   if cut.rows:

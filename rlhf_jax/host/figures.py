@@ -4,7 +4,7 @@ Both show the record of `host.frontier`, which says what the figures are.
 """
 
 from collections.abc import Mapping, Sequence
-import pathlib
+import io
 from typing import Any
 
 import matplotlib
@@ -73,12 +73,8 @@ def print_members(console: rich_console.Console, record: Record) -> None:
     console.print(line, width=width, no_wrap=True)
 
 
-def plot_frontier(
-  root: pathlib.Path,
-  record: Record,
-  trajectories: frontier.Trajectories,
-) -> pathlib.Path:
-  """Draws rewards against √KL and against β; returns the file."""
+def plot_frontier(record: Record, trajectories: frontier.Trajectories) -> bytes:
+  """A PNG of rewards against √KL and against β."""
   has_gold = record["reference"]["gold"] is not None
   names = ["proxy", "gold"] if has_gold else ["proxy"]
   figure = matplotlib_figure.Figure(
@@ -101,9 +97,9 @@ def plot_frontier(
   _against_beta(axes[-1], names, record)
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
-  file = root / "frontier.png"
-  figure.savefig(file, dpi=150)
-  return file
+  content = io.BytesIO()
+  figure.savefig(content, format="png", dpi=150)
+  return content.getvalue()
 
 
 class _Colours:

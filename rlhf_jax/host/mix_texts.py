@@ -22,7 +22,7 @@ def load(
     UserError: The file cannot be used, or has too few rows for a batch.
   """
   path = config.mix.path
-  rows, _ = texts.packed(
+  seen, _ = texts.read(
     config,
     policy,
     console,
@@ -30,6 +30,7 @@ def load(
     path=path,
     opening=config.mix.opening,
   )
+  rows = texts.pack(config, policy, console, seen, stage="ppo", path=path)
   if len(rows.tokens) < config.mix.batch_size:
     raise errors.UserError(
       f"config.mix.batch_size: {config.mix.batch_size}, and"

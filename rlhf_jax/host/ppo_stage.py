@@ -110,21 +110,20 @@ def train(
   began = time.monotonic()
   config = members[0].config
   mesh = settings.mesh(config, members=len(members) if stacked else 1)
+  # Every device has as many: the first ones are run twice where some lack.
+  lacking = -len(members) % mesh.shape.get(sharding.MEMBER_AXIS, 1)
+  places = [*members, *members[:lacking]]
   # The reference and the reward model are placed as the policy is.
-  frozen = (
-    reference_lib.freeze(models.reference.params),
-    models.reward.params,
+  reference, reward_params = _placed(
+    (reference_lib.freeze(models.reference.params), models.reward.params), mesh
   )
-  reference, reward_params = jax.device_put(
-    frozen, sharding.shardings(frozen, mesh)
-  )
-  step, starts = _step_and_states(models, members, mesh, stacked)
+  step, starts = _step_and_states(models, places, mesh, stacked)
   data = _data(models, members, console)
-  keys = [jax.random.key(member.config.seed) for member in members]
+  keys = [jax.random.key(place.config.seed) for place in places]
   key = jnp.stack(keys) if stacked else keys[0]
 
   def arguments(index):
-    each = [_batch(m.config, data[m.config.seed], index) for m in members]
+    each = [_batch(m.config, data[m.config.seed], index) for m in places]
     batch = jax.tree.map(lambda *x: np.stack(x), *each) if stacked else each[0]
     placed = sharding.place_batch(batch, mesh, leading=int(stacked))
     return reference, reward_params, placed, key
@@ -175,11 +174,16 @@ def train(
     record=record,
     console=console,
   )
+  trained = jax.device_get(state.params["transformer"])
   wall_s = (time.monotonic() - began) / len(members)
   return [
     _finish(member, models.policy, params, wall_s)
-    for member, params in zip(members, split(state.params["transformer"]))
+    for member, params in zip(members, split(trained))
   ]
+
+
+def _placed(params, mesh):
+  return jax.device_put(params, sharding.shardings(params, mesh))
 
 
 def _step_and_states(models, members, mesh, stacked):
@@ -210,16 +214,20 @@ def _step_and_states(models, members, mesh, stacked):
     member_axis=sharding.MEMBER_AXIS if vectorise else None,
   )
 
-  def start(beta):
-    return ppo.init_state(
+  def start(params, betas):
+    of = lambda beta: ppo.init_state(
       params, beta=beta, optimizer=optimizer, controller=controller
     )
+    return jax.vmap(of)(betas) if stacked else of(betas[0])
 
-  if not stacked:
-    return step, start(config.kl.beta)
-  step = members_lib.step_of_all(step, mesh, vectorise=vectorise)
+  if stacked:
+    step = members_lib.step_of_all(step, mesh, vectorise=vectorise)
   betas = jnp.array([member.config.kl.beta for member in members])
-  return step, jax.vmap(start)(betas)
+  # Made where they belong: no device ever holds all of them.
+  shapes = jax.eval_shape(start, params, betas)
+  places = sharding.shardings(shapes, mesh, leading=int(stacked))
+  make = jax.jit(start, out_shardings=places)
+  return step, make(_placed(params, mesh), betas)
 
 
 def _data(models, members, console):

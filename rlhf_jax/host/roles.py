@@ -1,7 +1,6 @@
 """Who plays what in a run: the reference, the reward, the prompts."""
 
 import dataclasses
-import pathlib
 
 from ml_collections import ConfigDict
 from rich import console as rich_console
@@ -9,13 +8,13 @@ from rich import console as rich_console
 from rlhf_jax import errors, types
 from rlhf_jax.host import (
   checkpoint,
-  readers,
   sampling,
   text_rewards,
   toy_language,
   validate,
 )
 from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.host import texts as texts_lib
 from rlhf_jax.steps import rewards
 
 
@@ -99,9 +98,13 @@ def prompts(
   policy: pretrained_lib.Pretrained,
   console: rich_console.Console,
 ) -> types.Prompts:
-  """The prompts of `data.path`, or of the built-in language."""
+  """The prompts of `data.path`, less those held out, or of the language."""
   if path := config.data.path:
-    texts, counts = readers.read_prompts(pathlib.Path(path))
+    texts, held, counts = texts_lib.split_prompts(
+      path, config.data.heldout_fraction
+    )
+    if held:
+      counts = f"{counts}, {len(held)} of them held out"
     console.print(f"ppo: {path}: {counts}", markup=False, highlight=False)
   else:
     pretrained_lib.check_speaks_the_built_in_language(policy, config)

@@ -197,6 +197,16 @@ RULES = (
     "() for a policy that starts at random: members share where they begin;"
     " set policy.path",
   ),
+  *(
+    (
+      f"{part}.best_of",
+      lambda c, part=part: (
+        c[part].best_of >= 0 and c[part].best_of & (c[part].best_of - 1) == 0
+      ),
+      "a power of 2, or 0 for none",
+    )
+    for part in ("sweep", "evaluate")
+  ),
   (
     "optimizer.warmup_steps",
     lambda c: c.optimizer.warmup_steps < c.train.steps,

@@ -7,6 +7,7 @@ import numpy as np
 from rlhf_jax import types
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.objective import logprobs as logprobs_lib
 
 
 def of_step(
@@ -24,31 +25,38 @@ def of_step(
     metrics: As numpy arrays.
     most: Responses that are recorded.
   """
-  records = []
-  samples, sequences = metrics.samples, metrics.samples.sequences
-  for row in range(min(most, len(samples.scores))):
-    prompt = sequences.prompt_tokens[row]
-    prompt = prompt[len(prompt) - sequences.prompt_lengths[row] :]
-    size = sequences.response_lengths[row]
-    decode = lambda ids: tokenizer_lib.decode(policy.tokenizer, ids.tolist())
-    numbers = lambda x, row=row, size=size: np.round(x[row, :size], 5).tolist()
-    records.append(
-      {
-        "step": step,
-        "prompt": decode(prompt),
-        "response": decode(sequences.response_tokens[row, :size]),
-        "tokens": [
-          decode(sequences.response_tokens[row, i : i + 1]) for i in range(size)
-        ],
-        "score": float(samples.scores[row]),
-        "logprobs": numbers(samples.logprobs),
-        "reference_logprobs": numbers(samples.reference_logprobs),
-        "reverse_kl": numbers(samples.reverse_kl),
-      }
-    )
+  samples = metrics.samples
+  records = [
+    {"step": step}
+    | of_response(policy, samples.sequences, samples, row)
+    | {"score": float(samples.scores[row])}
+    for row in range(min(most, len(samples.scores)))
+  ]
   reached = int(np.sum(metrics.by_position["responses"] > 0))
   records[0]["by_position"] = {
     name: np.round(x[:reached], 5).tolist()
     for name, x in metrics.by_position.items()
   }
   return records
+
+
+def of_response(
+  policy: pretrained_lib.Pretrained,
+  sequences: types.Sequences,
+  figures: types.Samples | logprobs_lib.Comparison,
+  row: int,
+) -> dict[str, Any]:
+  """Prompt and response as texts, and the figures of each of its tokens."""
+  size = sequences.response_lengths[row]
+  prompt = sequences.prompt_tokens[row]
+  prompt = prompt[len(prompt) - sequences.prompt_lengths[row] :].tolist()
+  response = sequences.response_tokens[row, :size].tolist()
+  numbers = lambda x: np.round(x[row, :size], 5).tolist()
+  return {
+    "prompt": tokenizer_lib.decode(policy.tokenizer, prompt),
+    "response": tokenizer_lib.decode(policy.tokenizer, response),
+    "tokens": tokenizer_lib.pieces(policy.tokenizer, response),
+    "logprobs": numbers(figures.logprobs),
+    "reference_logprobs": numbers(figures.reference_logprobs),
+    "reverse_kl": numbers(figures.reverse_kl),
+  }

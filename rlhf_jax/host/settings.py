@@ -29,8 +29,7 @@ def mesh(config: ConfigDict, *, members: int = 1) -> jax.sharding.Mesh:
     member = math.gcd(rest, members)
     data = rest // member
     if devices.are_divided_cores():
-      cores = range(1, jax.device_count() + 1)
-      member = max(n for n in cores if members % n == 0)
+      member = min(jax.device_count(), members)
   return sharding.make_mesh(data, fsdp, tensor, member=member)
 
 

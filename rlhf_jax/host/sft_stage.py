@@ -38,13 +38,18 @@ def run(
   began = time.monotonic()
   start = pretrained_lib.load_policy(config)
   validate.validate_model(config, start.model)
-  train, heldout = texts.packed(
+  path = config.data.path
+  sides = texts.read(
     config,
     start,
     console,
     stage="sft",
-    path=config.data.path,
+    path=path,
     opening=config.data.opening,
+  )
+  train, heldout = (
+    texts.pack(config, start, console, side, stage="sft", path=path)
+    for side in sides
   )
   mesh = settings.mesh(config)
   step_config = sft.SFTConfig(start.model, settings.logits_per_chunk(config))

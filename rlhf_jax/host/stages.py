@@ -92,7 +92,7 @@ def _with_prerequisites(config, workdir, resume, console) -> ConfigDict:
 def _make(config, workdir, name, resume, console) -> pathlib.Path:
   """Runs a stage in a sub-workdir, unless it has finished there."""
   with workdir.sub(name, config.to_dict(), resume=resume) as opened:
-    if not (opened.path / "summary.json").exists():
+    if not opened.has_ended(config.train.steps):
       run_stage(config, opened, resume=resume, console=console)
     # Absolute: a resumed run may be called from elsewhere.
     return opened.path.absolute()
@@ -185,8 +185,11 @@ def _next_commands(config, workdir) -> list[str]:
     return []
   if rules.is_sweep(config):
     return [report]
+  # DPO had no reward model that its policy could be judged by.
+  reward = " --config.reward.path=DIR" if config.stage == "dpo" else ""
   return [
     f"python -m launch.evaluate --config=configs/evaluate.py "
-    f"--config.policy.path={workdir} --workdir={workdir}-evaluate{source}",
+    f"--config.policy.path={workdir} --workdir={workdir}-evaluate{reward}"
+    f"{source}",
     f"python -m launch.export --output=DIR --workdir={workdir}",
   ]

@@ -2,9 +2,11 @@
 
 Members share the reference and the reward model and are trained in one
 compiled program, in chunks where memory is short; a chunk that has ended is
-not done again. A member equals the single run with its β and its seed, but for
-the rounding of batched sums: its first step to about 1e-5, and later ones as
-far as sampling carries a last bit.
+not done again. A member equals the single run with its β and its seed: to the
+last bit where a device loops over its members (`steps.members`); under `vmap`,
+but for the rounding of batched sums, its first step to about 1e-5 and later
+ones as far as sampling carries a last bit. A member whose figures are no
+longer numbers stops the sweep, as it stops a single run.
 """
 
 from collections.abc import Sequence
@@ -21,6 +23,9 @@ from rich import console as rich_console
 
 from rlhf_jax.host import ppo_stage, rules, settings, sweep_frontier
 from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.steps import sharding
+
+_CHUNKS = "chunks.json"
 
 
 def run(
@@ -35,8 +40,7 @@ def run(
   models = ppo_stage.load(config)
   with contextlib.ExitStack() as stack:
     members = _members(config, workdir, resume, stack)
-    size = config.sweep.members_at_once or most_members(config, models)
-    for chunk in chunks(members, size):
+    for chunk in _chunks(config, workdir, models, members):
       if not all(_has_ended(member) for member in chunk):
         ppo_stage.train(
           models,
@@ -54,6 +58,20 @@ def run(
   return summary
 
 
+def _chunks(config, workdir, models, members):
+  """As the sweep began, whatever memory there is when it goes on."""
+  file = workdir.path / _CHUNKS
+  if file.exists():
+    sizes = json.loads(file.read_text())["sizes"]
+  else:
+    most = config.sweep.members_at_once
+    most = most or most_members(config, models, len(members))
+    sizes = [len(chunk) for chunk in chunks(members, most)]
+    workdir.write_json(_CHUNKS, {"sizes": sizes})
+  ends = [0, *itertools.accumulate(sizes)]
+  return [members[a:b] for a, b in itertools.pairwise(ends)]
+
+
 def chunks(members: Sequence[Any], size: int) -> list[Sequence[Any]]:
   """As few chunks of at most `size` as can be, as equal as can be."""
   count = -(-len(members) // size)
@@ -61,14 +79,21 @@ def chunks(members: Sequence[Any], size: int) -> list[Sequence[Any]]:
   return [members[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def most_members(config: ConfigDict, models: ppo_stage.Models) -> int:
-  """How many members fit the devices' memory at once, at least one.
+def most_members(
+  config: ConfigDict, models: ppo_stage.Models, count: int
+) -> int:
+  """How many of `count` members fit the devices' memory at once, at least one.
 
   A member has parameters, two moments, a gradient and an update; a cache of
   keys and values; what the backward pass keeps, some 16 arrays of the width a
-  layer. An estimate, and half of the memory is left free;
+  layer. Those that hold a member together share it, and hold the reference and
+  the reward model, too. An estimate, and half of the memory is left free;
   `sweep.members_at_once` says it better where it fails.
   """
+  mesh = settings.mesh(config, members=count)
+  apart = mesh.shape.get(sharding.MEMBER_AXIS, 1)
+  frozen = models.reference.params, models.reward.params
+  frozen = sum(x.nbytes for x in jax.tree.leaves(frozen))
   model = models.policy.model
   size = sum(x.size for x in jax.tree.leaves(models.policy.params))
   tokens = config.rollout.prompt_length + config.rollout.response_length
@@ -78,15 +103,17 @@ def most_members(config: ConfigDict, models: ppo_stage.Models) -> int:
   kept = 16 * tokens // pieces * model.layers * model.width
   logits = 3 * min(tokens * model.vocab_size, settings.LOGITS)
   needed = 4 * (5 * size + cache + kept + logits)
-  return max(1, _memory() // 2 // needed)
+  share = config.mesh.fsdp * config.mesh.tensor
+  room = _memory(mesh.size) * share // 2 - frozen
+  return max(1, room // needed * apart)
 
 
-def _memory() -> int:
-  """Bytes of all devices, or of this machine where they are its cores."""
+def _memory(devices: int) -> int:
+  """Bytes of a device, or its part of this machine where they are its cores."""
   stats = [device.memory_stats() for device in jax.local_devices()]
   if all(stats):
-    return sum(each["bytes_limit"] for each in stats if each)
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(each["bytes_limit"] for each in stats if each)
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
 
 
 def _members(config, workdir, resume, stack) -> list[ppo_stage.Member]:
@@ -116,7 +143,7 @@ def _name(chunk: Sequence[ppo_stage.Member]) -> str:
 
 
 def _has_ended(member: ppo_stage.Member) -> bool:
-  return (member.workdir.path / "summary.json").exists()
+  return member.workdir.has_ended(member.config.train.steps)
 
 
 def _summary(member: ppo_stage.Member, workdir) -> dict[str, Any]:

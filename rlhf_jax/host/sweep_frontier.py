@@ -1,7 +1,7 @@
 """What a sweep's members are worth: `frontier.json`, its picture and table.
 
-Final policies write to prompts that none was trained on, each under the same
-random numbers; the reference answers with others, so that who wins is no
+Final policies write to prompts that were held out of training, each under the
+same random numbers; the reference answers with others, so that who wins is no
 matter of a shared draw. The baseline is best-of-n of the reference.
 """
 
@@ -48,7 +48,9 @@ def write(
     members: As the sweep's summary has them.
     console: Where the table goes.
   """
-  prompts = evaluation.heldout_prompts(config, models.policy, console)
+  prompts = evaluation.heldout_prompts(
+    config, models.policy, console, shared=True
+  )
   measure = functools.partial(
     evaluation.evaluate,
     config,
@@ -91,7 +93,8 @@ def write(
     row | {"sample": sample}
     for row, sample in zip(record["members"], samples, strict=True)
   ]
-  figures.plot_frontier(workdir.path, record, trajectories)
+  picture = figures.plot_frontier(record, trajectories)
+  workdir.write_bytes("frontier.png", picture)
   workdir.write_json(FILE, record)
   figures.print_members(console, record)
 

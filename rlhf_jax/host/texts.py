@@ -1,4 +1,6 @@
-"""Texts to train on, of a file or of the built-in language, packed in rows."""
+"""Texts to train on: a file's or the built-in language's, and its prompts."""
+
+import pathlib
 
 from ml_collections import ConfigDict
 from rich import console as rich_console
@@ -8,8 +10,10 @@ from rlhf_jax.host import batches, data, readers, settings, toy_language
 from rlhf_jax.host import pretrained as pretrained_lib
 from rlhf_jax.host import tokenizer as tokenizer_lib
 
+Pairs = list[tuple[list[int], list[int]]]
 
-def packed(
+
+def read(
   config: ConfigDict,
   policy: pretrained_lib.Pretrained,
   console: rich_console.Console,
@@ -17,13 +21,14 @@ def packed(
   stage: str,
   path: str,
   opening: str,
-) -> tuple[types.PackedTexts, types.PackedTexts]:
-  """Rows to train on, and those that `data.heldout_fraction` holds out.
+) -> tuple[Pairs, Pairs]:
+  """Ids of prompts and responses: to train on, and held out.
 
   The same seed, size and share hold out the same texts in every stage.
 
   Args:
-    config: The stage's; its `data` says how many texts and how long a row.
+    config: The stage's; its `data` says how many texts, and which share of
+      them is held out.
     policy: Who reads them.
     console: Where the counts go.
     stage: The name of who asks, for the console.
@@ -33,29 +38,31 @@ def packed(
   Raises:
     UserError: The file cannot be used, or the policy has another language.
   """
-  say = lambda text: console.print(
-    f"{stage}: {text}", markup=False, highlight=False
-  )
   if path:
-    found, counts = readers.read_texts(path)
-    say(f"{path}: {counts}")
+    texts, counts = readers.read_texts(path)
+    console.print(f"{stage}: {path}: {counts}", markup=False, highlight=False)
     # A response ends with the first stop id, or the policy never learns to.
     stop = list(settings.rollout_config(config, policy).stop_ids[:1])
-    pairs = (tokenizer_lib.encode_pair(policy.tokenizer, *t) for t in found)
+    pairs = (tokenizer_lib.encode_pair(policy.tokenizer, *t) for t in texts)
     found = [(prompt, response + stop) for prompt, response in pairs]
   else:
     pretrained_lib.check_speaks_the_built_in_language(policy, config)
     found = toy_language.of(config).sample_texts(
       config.seed, config.data.size, opening
     )
-  seen, heldout = batches.split_heldout(
-    found, config.data.heldout_fraction, config.seed
-  )
-  pack = lambda side: _pack(side, config, policy, path, say)
-  return pack(seen), pack(heldout)
+  return batches.split_heldout(found, config.data.heldout_fraction, config.seed)
 
 
-def _pack(side, config, policy, path, say) -> types.PackedTexts:
+def pack(
+  config: ConfigDict,
+  policy: pretrained_lib.Pretrained,
+  console: rich_console.Console,
+  side: Pairs,
+  *,
+  stage: str,
+  path: str,
+) -> types.PackedTexts:
+  """One side of `read`, several texts to a row of `data.sequence_length`."""
   rows, cut = data.pack(
     side,
     sequence_length=config.data.sequence_length,
@@ -64,8 +71,23 @@ def _pack(side, config, policy, path, say) -> types.PackedTexts:
     where=path or "the built-in language",
   )
   if cut.rows:
-    say(
-      f"{cut.rows} texts are longer than data.sequence_length="
-      f"{config.data.sequence_length} and lost {cut.tokens} tokens"
+    console.print(
+      f"{stage}: {cut.rows} texts are longer than data.sequence_length="
+      f"{config.data.sequence_length} and lost {cut.tokens} tokens",
+      highlight=False,
     )
   return rows
+
+
+def split_prompts(
+  path: str, fraction: float
+) -> tuple[list[str], list[str], readers.Counts]:
+  """Prompts of a file to train on, those held out, and what was read.
+
+  The same rows are held out whatever the seed, so that all members of a sweep
+  can be asked them. Of a single prompt none is.
+  """
+  texts, counts = readers.read_prompts(pathlib.Path(path))
+  if len(set(texts)) == 1:
+    return texts, [], counts
+  return *batches.split_heldout(texts, fraction, seed=0), counts

@@ -108,20 +108,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
   return _bos(tokenizer) + _encode(tokenizer, text)
 
 
-def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
-  """The text as a continuation: no BOS, and no space put before it.
-
-  Raises:
-    UserError: If the tokenizer cannot continue with this text.
-  """
-  for ids in _continuations(tokenizer, text):
-    return ids
-  raise errors.UserError(
-    f"response {text!r}: the tokenizer joins it to whatever precedes it; begin "
-    "it with a space or a word"
-  )
-
-
 def encode_pair(
   tokenizer: Tokenizer, prompt: str, response: str
 ) -> tuple[list[int], list[int]]:
@@ -155,6 +141,22 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
   )
   assert isinstance(text, str)  # A list of texts would need a list of lists.
   return text
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+  """What each id adds to the text.
+
+  An id alone may lose its space, and of a character that is spelled in several
+  ids the last one has all.
+  """
+  found, done = [], ""
+  for end in range(1, len(ids) + 1):
+    text = decode(tokenizer, ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}")
+    # Bytes of a character that is not whole yet spoil those before them.
+    piece = text[len(done) :] if text.startswith(done) else ""
+    found.append(piece)
+    done += piece
+  return found
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -97,6 +97,18 @@ def _print_differences(config, trained, console) -> None:
       )
 
 
+def shares_prompts(config: ConfigDict, trained: Trained | None) -> bool:
+  """Whether PPO read the very file, and held out the same rows of it."""
+  if not config.data.path or trained is None or trained["stage"] != "ppo":
+    return False
+  theirs = trained["data"]
+  same = theirs["heldout_fraction"] == config.data.heldout_fraction
+  path = pathlib.Path(theirs["path"])
+  return bool(theirs["path"] and same and path.exists()) and path.samefile(
+    config.data.path
+  )
+
+
 def print_overlap(
   config: ConfigDict, trained: Trained | None, console: rich_console.Console
 ) -> None:
@@ -109,11 +121,11 @@ def print_overlap(
       seen = {pair.prompt for pair in readers.read_pairs(path)[0]}
     else:
       seen = set(readers.read_prompts(path)[0])
-    texts, _ = evaluation.heldout_texts(config)
+    texts, _ = evaluation.heldout_texts(config, shared=False)
     count = sum(text in seen for text in texts)
-    line = f"{count} of {len(texts)} prompts are in {path}, trained on"
+    line = f"{count} of {len(texts)} prompts are in {path}, read in training"
   else:
-    line = f"{path}, trained on, is gone: prompts in common are not counted"
+    line = f"{path}, read in training, is gone: common prompts not counted"
   console.print(
     f"evaluate: {line}", markup=False, highlight=False, soft_wrap=True
   )

@@ -133,6 +133,15 @@ class Workdir:
     """Replaces a JSON file of this workdir."""
     self._replace(name, _dump(_plain(value)))
 
+  def write_bytes(self, name: str, content: bytes) -> None:
+    """Replaces a file of this workdir."""
+    self._replace(name, content)
+
+  def has_ended(self, steps: int) -> bool:
+    """Whether a training did all its steps; a resumed one may want more."""
+    file = self.path / "summary.json"
+    return file.exists() and json.loads(file.read_text())["steps"] == steps
+
   def mean_of_last(self, steps: int = 10) -> dict[str, float]:
     """Means over the last `steps` steps, each over the steps that report it."""
     rows = read_metrics(self.path)[-steps:]

@@ -202,14 +202,26 @@ def test_prompts_in_common_are_counted(models, evaluate, tmp_path):
   model = pretrained.load_policy(tiny())
   save(models / "own", model, trained(models, f"data.path={seen}"))
   workdir, printed = evaluate("a", f"data.path={asked}", policy="own")
-  assert f"3 of 4 prompts are in {seen}, trained on" in printed
+  assert f"3 of 4 prompts are in {seen}, read in training" in printed
   assert f"4 of {asked}: 4 prompts; 1 duplicates" in printed
   summary = summary_of(workdir)
   assert summary["prompts"] == 4 and "reward/gold" not in summary["metrics"]
   assert "wins by score" in printed
   seen.unlink()
   _, printed = evaluate("b", f"data.path={asked}", policy="own")
-  assert f"{seen}, trained on, is gone" in printed
+  assert f"{seen}, read in training, is gone" in printed
+
+
+def test_the_file_of_the_training(models, evaluate, tmp_path):
+  """Its held-out rows are asked, and no others."""
+  seen = tmp_path / "seen.txt"
+  seen.write_text("it was\nwe liked\nthe film was\nthey said\n")
+  fields = f"data.path={seen}", "data.heldout_fraction=0.5"
+  model = pretrained.load_policy(tiny())
+  save(models / "same", model, trained(models, *fields))
+  workdir, printed = evaluate("a", *fields, policy="same")
+  assert f"2 of {seen}: 4 prompts, held out of training" in printed
+  assert summary_of(workdir)["prompts"] == 2
 
 
 def test_another_rollout_is_said(evaluate):

@@ -15,7 +15,13 @@ from scipy import stats
 
 from configs import defaults
 from rlhf_jax import errors
-from rlhf_jax.host import evaluation, pretrained, roles, toy_language
+from rlhf_jax.host import (
+  evaluation,
+  pretrained,
+  roles,
+  sampling,
+  toy_language,
+)
 from rlhf_jax.models import transformer
 from rlhf_jax.steps import rewards
 
@@ -65,7 +71,7 @@ def reward(policy):
 
 @pytest.fixture(scope="module")
 def prompts(policy):
-  return evaluation.heldout_prompts(tiny(), policy, quiet())
+  return evaluation.heldout_prompts(tiny(), policy, quiet(), shared=False)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +206,7 @@ def test_interval_covers(chances):
 def test_a_policy_against_itself(policy, reference, reward):
   """One seed: ties only. Two seeds: ½ is in the interval."""
   config = tiny("evaluate.prompts=256", "train.batch_size=128")
-  prompts = evaluation.heldout_prompts(config, policy, quiet())
+  prompts = evaluation.heldout_prompts(config, policy, quiet(), shared=False)
   worths = [
     evaluation.worth(
       evaluation.evaluate(config, policy, to, reward, prompts, seed=seed)
@@ -241,7 +247,7 @@ def test_best_of_one_is_the_policy(policy, reward, prompts):
 
 def test_heldout_prompts_are_of_no_training_seed(policy):
   """Seeds are below 2³², and a run adds no more than a few to its own."""
-  texts, line = evaluation.heldout_texts(tiny("seed=7"))
+  texts, line = evaluation.heldout_texts(tiny("seed=7"), shared=False)
   wanted = toy_language.sample_prompts(2**33 + 7, PROMPTS)
   assert texts == wanted and str(2**33 + 7) in line
 
@@ -251,17 +257,30 @@ def test_prompts_of_a_file(policy, tmp_path):
   words = ["it was", "we liked", "the film was", "i thought", "they said"]
   path.write_text("\n".join(words))
   few = tiny(f"data.path={path}", "evaluate.prompts=3")
-  texts, line = evaluation.heldout_texts(few)
+  texts, line = evaluation.heldout_texts(few, shared=False)
   assert len(set(texts)) == 3 and set(texts) < set(words)
   assert line == f"3 of {path}: 5 prompts"
   other, _ = evaluation.heldout_texts(
-    tiny(f"data.path={path}", "evaluate.prompts=3", "seed=1")
+    tiny(f"data.path={path}", "evaluate.prompts=3", "seed=1"), shared=False
   )
   assert set(other) != set(texts)
-  all_texts, _ = evaluation.heldout_texts(tiny(f"data.path={path}"))
+  whole = tiny(f"data.path={path}", "data.heldout_fraction=0.4")
+  all_texts, _ = evaluation.heldout_texts(whole, shared=False)
   assert sorted(all_texts) == sorted(words)
+  # Where training read the file, too: what it held out, whatever the seed.
+  held, line = evaluation.heldout_texts(whole, shared=True)
+  assert len(held) == 2 and line.endswith("5 prompts, held out of training")
+  whole.seed = 8
+  assert sorted(evaluation.heldout_texts(whole, shared=True)[0]) == sorted(held)
+  trained_on = roles.prompts(whole, policy, quiet())
+  apart, _ = sampling.prompts_array(held, whole, policy, "prompts")
+  rows = lambda prompts: {row.tobytes() for row in prompts.tokens}
+  assert len(rows(trained_on)) == 3 and not rows(trained_on) & rows(apart)
+  none = tiny(f"data.path={path}", "data.heldout_fraction=0.0")
+  texts, line = evaluation.heldout_texts(none, shared=True)
+  assert len(texts) == 5 and "all of them trained on" in line
   # Without the built-in language's prompts there is no gold.
-  found = evaluation.heldout_prompts(few, policy, quiet())
+  found = evaluation.heldout_prompts(few, policy, quiet(), shared=False)
   assert len(found.lengths) == 3
 
 

@@ -3,11 +3,19 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from configs import defaults, ppo
-from rlhf_jax.host import checkpoint, ppo_stage, settings, stages, sweep
+from rlhf_jax.host import (
+  checkpoint,
+  devices,
+  ppo_stage,
+  settings,
+  stages,
+  sweep,
+)
 
 BETAS, SEEDS = (0.0, 0.3), (0, 7)
 
@@ -234,7 +242,40 @@ def test_chunks(size, wanted):
 def test_memory_bounds_the_members(run, monkeypatch):
   config = on(run)
   models = ppo_stage.load(config)
-  most = sweep.most_members(config, models)
+  most = sweep.most_members(config, models, 4)
   assert most > 100
-  monkeypatch.setattr(sweep, "_memory", lambda: 1)
-  assert sweep.most_members(config, models) == 1
+  memory = sweep._memory(1)
+  monkeypatch.setattr(sweep, "_memory", lambda devices: memory // devices // 2)
+  assert sweep.most_members(config, models, 4) < 0.6 * most
+  monkeypatch.setattr(sweep, "_memory", lambda devices: 1)
+  assert sweep.most_members(config, models, 4) == 1
+
+
+def test_a_sweep_goes_on_in_the_chunks_that_it_began_with(
+  run, tmp_path, monkeypatch
+):
+  """Whatever memory there is now; and does the steps that were added."""
+  workdir = tmp_path / "run"
+  fields = f"sweep.betas={BETAS}", "sweep.frontier=False", "mesh.data=1"
+  monkeypatch.setattr(sweep, "most_members", lambda *_: 1)
+  stages.run(on(run, *fields, "train.steps=1"), str(workdir), resume=False)
+  assert read(workdir / "chunks.json") == {"sizes": [1, 1]}
+  monkeypatch.setattr(sweep, "most_members", lambda *_: 2)
+  stages.run(on(run, *fields, "train.steps=2"), str(workdir), resume=True)
+  for beta in BETAS:
+    path = workdir / f"beta={beta:g}"
+    assert [row["step"] for row in rows(path)] == [0, 1]
+    assert read(path / "summary.json")["steps"] == 2
+
+
+def test_members_that_devices_do_not_divide(run, tmp_path, monkeypatch):
+  """Three on two devices: one is run twice, and written once."""
+  monkeypatch.setattr(devices, "are_divided_cores", lambda: True)
+  monkeypatch.setattr(jax, "device_count", lambda: 2)
+  config = on(run, "sweep.betas=(0.0,0.3,1.0)", "sweep.frontier=False")
+  assert settings.mesh(config, members=3).shape["member"] == 2
+  stages.run(config, str(tmp_path / "run"), resume=False)
+  for beta in (0.0, 0.3):
+    name = f"beta={beta:g}"
+    assert_near(rows(tmp_path / "run" / name), rows(run / f"{name},seed=0"))
+  assert len(rows(tmp_path / "run" / "beta=1")) == 3

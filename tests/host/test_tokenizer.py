@@ -68,10 +68,22 @@ def test_special_token_in_a_prompt_is_plain_text(small):
   assert ids == [1, 8, 10, 13, 12, 11]
 
 
-def test_response_continues_without_a_space(small):
-  assert tokenizer_lib.encode_response(small, "hi") == [7]
-  assert tokenizer_lib.encode_response(small, " hi") == [8]
-  assert tokenizer_lib.encode_response(small, "") == []
+def test_pieces_make_up_the_text(small):
+  """The decoder strips the space in front of an id that stands alone."""
+  ids = [7, 8, 1, 8]
+  assert tokenizer_lib.decode(small, [8]) == "hi"
+  assert tokenizer_lib.pieces(small, ids) == ["hi", " hi", "", " hi"]
+  assert tokenizer_lib.pieces(small, []) == []
+
+
+def test_pieces_of_a_character_in_several_ids():
+  """The last of them has all of it; a replacement character never shows."""
+  vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+  backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  backend.decoder = decoders.ByteFallback()  # pyright: ignore
+  bytes_of = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+  ids = list("aéb".encode())
+  assert tokenizer_lib.pieces(bytes_of, ids) == ["a", "", "é", "b"]
 
 
 @pytest.mark.parametrize(

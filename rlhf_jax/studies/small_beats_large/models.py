@@ -85,7 +85,9 @@ class Models:
       RLHF: pretrained_lib.load(str(member.path), config),
       LARGE: self._large,
     }
-    prompts = evaluation.heldout_prompts(config, self._small, console)
+    prompts = evaluation.heldout_prompts(
+      config, self._small, console, shared=False
+    )
     found = {
       # Streams of their own: responses of two models are independent.
       name: evaluation.evaluate(
