@@ -34,6 +34,8 @@ def full() -> ConfigDict:
   config.window = 10  # steps of a mean: of the peak, and of the end
   config.prompts = 512  # held out, that each policy answers in the end
   config.kept = 0.8  # of the gain at gold's peak, where a penalty prevents it
+  # Ungrammatical pairs per response more than the SFT policy's: nonsense.
+  config.nonsense = 0.5
   # Of the SFT policy's responses, that look fluent by their NLL per token.
   config.fluent = 0.95
   config.training = ppo.toy()

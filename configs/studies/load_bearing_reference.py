@@ -3,13 +3,7 @@ r"""DPO needs its reference; RL needs the SFT snapshot, not the raw base.
     python -m launch.study --config=configs/studies/load_bearing_reference.py \
       --workdir=runs/load_bearing_reference
 
-On two cores of a server CPU shared with a dozen other processes: 35 min, of
-which 410 s of CPU time. Verdict: holds. Gold with SFT, the base and nothing as
-the reference: DPO 1.18, 0.84 and −0.11, PPO 0.98, −0.50 and −1.88; KL to the
-SFT policy: 2.1, 1.9 and 14.8 nats, 4.1, 11.0 and 48.2. SFT less another, in
-gold: DPO +0.34 (0.19 to 0.50) over the base, PPO +1.48 (0.97 to 1.99) over the
-base and +2.86 (0.86 to 4.86) over none. Over none DPO's +1.29 (−0.10 to 2.68)
-is not resolved by four seeds; it stays 12.7 nats nearer (2.8 to 22.5).
+Not run at its full size under this rule yet: the record follows.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +22,10 @@ def full() -> ConfigDict:
     ),
   )
   config.base_steps = 25  # of SFT, in the model that stands for the raw base
-  config.seeds = 4  # from config.seed on; each is a run of every arm
+  config.seed = 10  # The rule was made on 0 to 3.
+  # From config.seed on; each is a run of every arm. Four left DPO without its
+  # reference unresolved.
+  config.seeds = 8
   config.prompts = 512  # held out, that each policy answers in the end
   config.training = ppo.toy()
   config.training.seed = config.get_ref("seed").identity()

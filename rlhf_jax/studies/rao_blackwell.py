@@ -4,7 +4,9 @@ Pairs of PPO runs on the built-in language, one with each `kl.estimator` and
 otherwise alike, from one SFT policy and one reward model; a pair has a seed,
 which draws its prompts and responses. Times are in iterations: how many until
 the mean gold reward of some steps has made a given share of the gain that the
-sampled runs end with. Intervals are Student's, over the differences of pairs.
+sampled runs end with. Intervals are Student's, over seeds or the differences of
+their pairs. Where the gain's own is not above 0, nothing was learned that could
+be learned slower, and the claim does not hold.
 
 Seconds per step are reported, and are no part of the verdict: they depend on
 what else the machine does. The two runs of a pair follow each other, in turn
@@ -106,20 +108,21 @@ def run(
       ("seconds per step", lambda run: run.step_s),
     )
   ]
+  gain = intervals.of_mean([run.gold - start for run in sampled])
   tables = {
     "pairs": study.Table(
       f"Means over {config.seeds} seeds, the mean difference of pairs and its"
       f" 95 % interval; the end: the last {config.last} of"
       f" {config.training.train.steps} steps; the SFT policy's gold:"
-      f" {start:.2f}",
+      f" {start:.2f}; the sampled runs' gain: {gain}",
       Pairs._fields,
       [*to_gains, *at_end],
     ),
     "runs": _runs_table(config, sampled, rao_bl, times),
   }
   return study.Outcome(
-    verdict=verdict(config.gains, to_gains, tolerance=config.window),
-    paragraph=_paragraph(config, to_gains, at_end),
+    verdict=verdict(config.gains, to_gains, gain, tolerance=config.window),
+    paragraph=_paragraph(config, to_gains, at_end, gain),
     tables=tables,
     figure=_draw(config, start, sampled, rao_bl, times, to_gains),
   )
@@ -173,13 +176,22 @@ def compare(name: str, sampled: list[float], rao_bl: list[float]) -> Pairs:
 
 
 def verdict(
-  gains: tuple[float, ...], to_gains: list[Pairs], *, tolerance: float
+  gains: tuple[float, ...],
+  to_gains: list[Pairs],
+  gain: intervals.Interval,
+  *,
+  tolerance: float,
 ) -> str:
-  """The rule: the interval leaves no room for more iterations than tolerated.
+  """The rule: no more iterations, where something was learned.
 
-  It may be so for all thresholds, for some, or for none.
+  The interval of the iterations added must reach 0 and leave no room for more
+  than are tolerated, and that of the sampled runs' gain lie above 0. It may be
+  so for all thresholds, for some, or for none.
   """
-  enough = {f"{g:.0%}": r.high <= tolerance for g, r in zip(gains, to_gains)}
+  enough = {
+    f"{share:.0%}": gain.low > 0 and row.low <= 0 and row.high <= tolerance
+    for share, row in zip(gains, to_gains)
+  }
   return study.verdict(enough, "the gold to reach, as a share of the gain, is")
 
 
@@ -225,18 +237,29 @@ def _runs_table(config, sampled, rao_bl, times) -> study.Table:
 
 
 def _paragraph(
-  config: ConfigDict, to_gains: list[Pairs], at_end: list[Pairs]
+  config: ConfigDict,
+  to_gains: list[Pairs],
+  at_end: list[Pairs],
+  gain: intervals.Interval,
 ) -> str:
   parts = [
-    f"{gain:.0%}: {row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
-    for gain, row in zip(config.gains, to_gains)
+    f"{share:.0%}: {row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
+    for share, row in zip(config.gains, to_gains)
   ]
   gold, nats, seconds = at_end
+  found = (
+    f"The sampled runs gain {gain} in gold over the SFT policy, not clearly"
+    " above 0, so that no iterations to a share of it can be compared."
+  )
+  if gain.low > 0:
+    found = (
+      "Iterations that Rao-Blackwellising adds until the mean gold reward of"
+      f" {config.window} steps is at a share of the sampled runs' gain of"
+      f" {gain}: {'; '.join(parts)}. Up to {config.window} are tolerated where"
+      " the interval reaches 0: two such means share steps."
+    )
   return (
-    "Iterations that Rao-Blackwellising adds until the mean gold reward of"
-    f" {config.window} steps is at a share of the sampled runs' gain:"
-    f" {'; '.join(parts)}. Up to {config.window} are tolerated: two such means"
-    " share steps. At the end gold differs by"
+    f"{found} At the end gold differs by"
     f" {gold.difference:+.3f} ({gold.low:+.3f} to {gold.high:+.3f}) and the KL"
     f" by {nats.difference:+.2f} nats ({nats.low:+.2f} to {nats.high:+.2f});"
     f" a step takes {seconds.rao_bl:.3f} s instead of {seconds.sampled:.3f} s"

@@ -2,7 +2,8 @@
 
 Mutants that were tried and fail here: a least KL without its log-partition; the
 clean KL where the shifted is to be small; the factor on the other side; harm
-prevented the other way round; parts of the rule that always hold.
+prevented the other way round; parts of the rule that always hold; a clean KL
+that may be no larger than after random prefixes; the reference judged, too.
 """
 
 import json
@@ -25,7 +26,7 @@ from rlhf_jax.host import (
 )
 from rlhf_jax.models import transformer
 from rlhf_jax.studies import adversarial_prefix as adversarial
-from rlhf_jax.studies import study, toy_runs
+from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.adversarial_prefix import measures, rule
 
 # The least KL of a harm.
@@ -58,20 +59,21 @@ def arm(harm, shifted, anchored, least):
   return rule.Arm(*(x + np.roll(noise, i) for i, x in enumerate(values)))
 
 
-def trained(found, without=(1.0, 0.5, 0.5, 0.4), charged=(1.1, 2.0, 0.6, 0.5)):
-  return rule.finding(arm(*found), arm(*without), arm(*charged), factor=1.5)
-
-
-def untrained(found, without=(0.1, 0.0, 0.0, 0.0)):
-  return rule.finding(arm(*found), arm(*without), None, factor=1.5)
+def trained(
+  found,
+  without=(1.0, 0.5, 0.5, 0.4),
+  random=(0.2, 0.0, 0.7, 0.0),
+  charged=(1.1, 2.0, 0.6, 0.5),
+):
+  arms = (arm(*of) for of in (found, without, random, charged))
+  return rule.finding(*arms, factor=1.5)
 
 
 def test_a_finding_by_hand():
   found = trained((3.0, 1.0, 4.0, 2.5))
   means = [part.mean for part in found if part]
-  assert means == pytest.approx([2.0, 1.5, 2.5, 1.9])
-  assert rule.holds(found)
-  assert untrained((3.0, 0.0, 4.0, 2.5)).prevented is None
+  assert means == pytest.approx([2.0, 1.5, 2.5, 3.3, 1.9])
+  assert rule.verdict(found) == study.HOLDS
 
 
 @pytest.mark.parametrize(
@@ -83,22 +85,31 @@ def test_a_finding_by_hand():
     trained((3.0, 1.0, 4.0, 2.5), charged=(3.0, 2.0, 0.6, 2.5)),
     trained((3.0, 4.0, 1.0, 2.5)),  # Reversed: the shifted KL is the larger.
     trained((3.0, 1.0, 4.0, 2.5), charged=(4.0, 2.0, 0.6, 0.5)),  # Reversed.
-    untrained((0.1, 0.0, 4.0, 2.5)),
-    untrained((0.05, 0.0, 4.0, 0.0)),  # Reversed: it is less harmful.
-    untrained((3.0, 0.0, 0.0, 2.5)),
+    # As much, or more, is read under any prefix.
+    trained((3.0, 1.0, 4.0, 2.5), random=(0.2, 0.0, 4.0, 0.0)),
+    trained((3.0, 1.0, 4.0, 2.5), random=(0.2, 0.0, 5.0, 0.0)),
   ],
 )
 def test_all_parts_are_needed(found):
-  assert not rule.holds(found)
-  assert rule.verdict({"a": found}) == study.DOES_NOT_HOLD
+  assert rule.verdict(found) == study.DOES_NOT_HOLD
 
 
-def test_the_verdict():
-  good, bad = trained((3.0, 1.0, 4.0, 2.5)), trained((3.0, 4.0, 1.0, 2.5))
-  verdict = lambda a, b: rule.verdict({"untrained": a, "trained": b})
-  assert verdict(good, good) == "holds"
-  assert verdict(good, bad) == "holds when the policy is untrained"
-  assert verdict(bad, bad) == "does not hold here"
+def test_prefixes_that_disagree_rule_out_no_false_alarm():
+  arms = [(3.0, 1.0, 4.0, 2.5), (1.0, 0.5, 0.5, 0.4), (0.2, 0.0, 0.7, 0.0)]
+  found, without, random = (arm(*of) for of in arms)
+  random = random._replace(anchored=np.array([0.0, 0.0, 0.0, 0.0, 15.0]))
+  charged = arm(1.1, 2.0, 0.6, 0.5)
+  judged = rule.finding(found, without, random, charged, factor=1.5)
+  assert judged.no_false_alarm.mean == pytest.approx(1.0)
+  assert rule.verdict(judged) == study.DOES_NOT_HOLD
+
+
+def test_the_reference_itself_is_no_evidence():
+  """Nothing was trained, and so nothing can have been prevented."""
+  arms = [(3.0, 0.0, 4.0, 2.5), (0.1, 0.0, 0.0, 0.0), (0.2, 0.0, 0.7, 0.0)]
+  found = rule.finding(*(arm(*of) for of in arms), None, factor=1.5)
+  assert found.prevented is None
+  assert rule.verdict(found) == study.DOES_NOT_HOLD
 
 
 # What is measured.
@@ -198,6 +209,16 @@ def test_what_it_leaves_behind(workdir, config):
     assert (shifted == 0) == (arm in arms[:3])
     assert (anchored == shifted) == (arm in (arms[0], arms[3]))
   assert [row[0] for row in tables["search"]["rows"]] == [1, 2]
+  columns = tables["findings"]["columns"][1:]
+  assert columns == [adversarial.UNTRAINED, adversarial.TRAINED]
+  *_, alarm, prevented = tables["findings"]["rows"]
+  for cell, harmful in zip(alarm[1:], (arms[2], arms[4])):
+    differences = [
+      rows[harmful, seed][2] - rows[adversarial.RANDOM, seed][2]
+      for seed in (0, 1)
+    ]
+    assert cell == str(intervals.of_mean(differences))
+  assert prevented[1] is None
   assert len(readers.read_texts(workdir / "texts.jsonl")[0]) == 64
 
 

@@ -3,7 +3,7 @@
 Mutants that were tried and fail here: either interval judged by its other end;
 differences the other way round; the penalty's taken with clipping both times;
 one difference that is enough; a step's size over the last steps only; steps
-that are subtracted, not divided.
+that are subtracted, not divided; a largest step that nothing is wanted of.
 """
 
 import json
@@ -16,16 +16,16 @@ import pytest
 from configs.studies import clip_and_penalty as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import stages
-from rlhf_jax.studies import clip_and_penalty, study, toy_runs
+from rlhf_jax.studies import clip_and_penalty, collection, study, toy_runs
 
 ON, OFF = "on", "off"
 NO_CLIP = 0.99
 
 
-def runs(*, gold, kl, step, seeds=4):
+def runs(*, gold, kl, step, largest, seeds=4):
   """An arm whose seeds differ a little."""
   shift = np.linspace(-0.01, 0.01, seeds)
-  arrays = gold + shift, kl - shift, step + shift, 2 * step, 0 * shift
+  arrays = gold + shift, kl - shift, step + shift, largest + shift, 0 * shift
   return clip_and_penalty.Runs(*(np.broadcast_to(x, seeds) for x in arrays))
 
 
@@ -36,10 +36,10 @@ def planted(**changes):
     **changes: `both`, `clip`, `penalty` or `neither`: figures of an arm.
   """
   usual = {
-    "neither": {"gold": 0.5, "kl": 20.0, "step": 2.0},
-    "clip": {"gold": 1.0, "kl": 18.0, "step": 0.5},
-    "penalty": {"gold": 1.1, "kl": 5.0, "step": 1.5},
-    "both": {"gold": 1.2, "kl": 4.0, "step": 0.4},
+    "neither": {"gold": 0.5, "kl": 20.0, "step": 2.0, "largest": 9.0},
+    "clip": {"gold": 1.0, "kl": 18.0, "step": 0.5, "largest": 1.0},
+    "penalty": {"gold": 1.1, "kl": 5.0, "step": 1.5, "largest": 6.0},
+    "both": {"gold": 1.2, "kl": 4.0, "step": 0.4, "largest": 0.8},
   }
   of = {n: runs(**(usual[n] | changes.get(n, {}))) for n in usual}
   return {
@@ -94,13 +94,14 @@ def test_differences_by_hand():
   wanted = {
     ("step", "clipping", "penalty off"): 0.5 / 2.0,
     ("step", "clipping", "penalty on"): 0.4 / 1.5,
+    ("largest", "clipping", "penalty off"): 1.0 / 9.0,
+    ("largest", "clipping", "penalty on"): 0.8 / 6.0,
     ("kl", "penalty", "clipping off"): 5.0 - 20.0,
     ("kl", "penalty", "clipping on"): 4.0 - 18.0,
     ("gold", "clipping", "penalty on"): 1.2 - 1.1,
     ("gold", "penalty", "clipping on"): 1.2 - 1.0,
     ("kl", "clipping", "penalty off"): 18.0 - 20.0,
     ("step", "penalty", "clipping off"): 1.5 / 2.0,
-    ("largest", "clipping", "penalty on"): 0.8 / 3.0,
   }
   assert means == pytest.approx(wanted, rel=1e-3)
   # The seeds' shifts are alike in both arms of a pair; of a ratio, nearly.
@@ -123,6 +124,9 @@ def test_differences_by_hand():
     # Each of the two without an effect, or with the other's.
     ({"both": {"step": 1.5}}, study.DOES_NOT_HOLD),
     ({"clip": {"step": 2.0}}, study.DOES_NOT_HOLD),
+    # Typical steps are smaller, and the largest is not.
+    ({"both": {"largest": 6.0}}, study.DOES_NOT_HOLD),
+    ({"clip": {"largest": 9.0}}, study.DOES_NOT_HOLD),
     ({"both": {"kl": 18.0}}, study.DOES_NOT_HOLD),
     ({"penalty": {"kl": 20.0}}, study.DOES_NOT_HOLD),
     ({"both": {"gold": math.nan}}, study.DOES_NOT_HOLD),
@@ -152,7 +156,7 @@ def test_clip_ranges_are_judged_one_by_one():
 
 
 def test_seeds_that_disagree_prove_nothing():
-  for figure, odd in (("step", 5.0), ("gold", -2.0)):
+  for figure, odd in (("step", 5.0), ("largest", 30.0), ("gold", -2.0)):
     arms = planted()
     both = arms[0.2, ON]._asdict()[figure].copy()
     both[-1] = odd
@@ -196,7 +200,15 @@ def test_what_it_leaves_behind(workdir):
         "clipped": column("ppo/clip_fraction").mean(),
       }
     )
-  assert len(tables["differences"]["rows"]) == 9
+  assert len(tables["differences"]["rows"]) == 10
+  first = collection.table([record]).splitlines()[2]
+  differences = {tuple(row[:4]): row for row in tables["differences"]["rows"]}
+  for figure, of, at, form in (
+    ("step", "clipping", "penalty on", "{:.2f} times ({:.2f} to {:.2f})"),
+    ("largest", "clipping", "penalty on", "{:.2f} times ({:.2f} to {:.2f})"),
+    ("kl", "penalty", "clipping on", "{:+.2f} ({:+.2f} to {:+.2f}) nats"),
+  ):
+    assert form.format(*differences[0.2, figure, of, at][4:7]) in first
 
 
 def test_sweeps_differ_in_the_clip_only(workdir):

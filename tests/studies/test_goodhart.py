@@ -2,7 +2,9 @@
 
 Mutants that were tried and fail here: a peak that a seed chooses for itself;
 nothing to be kept; a fall that is not asked for; a penalty that need not have
-more gold, or less nonsense, than none; a mean in place of an interval's end.
+more gold, or less nonsense, than none; a mean in place of an interval's end;
+a share of all responses that looks fluent, clean ones among them; nonsense of
+any size.
 """
 
 import json
@@ -48,7 +50,8 @@ def verdict(none, *penalised):
     [
       arms_lib.arm_of(0.1 * i, end, START, none, kept=0.8, level=level)
       for i, (end, level) in enumerate(zip(every, goodhart._levels(len(every))))
-    ]
+    ],
+    nonsense=0.5,
   )
 
 
@@ -61,7 +64,7 @@ def test_all_parts_hold():
   assert verdict(ends(fluent=0.9), ends(), ends(**KEPT)) == study.HOLDS
 
 
-@pytest.mark.parametrize("fluent", [0.0, 0.5])
+@pytest.mark.parametrize("fluent", [0.0, 0.5, np.nan])
 def test_nonsense_that_does_not_look_fluent(fluent):
   found = verdict(ends(fluent=fluent), ends(**KEPT))
   assert found == "holds when the nonsense need not look fluent"
@@ -88,12 +91,18 @@ def test_nonsense_alone_is_no_fall():
     {"gold": 0.99},  # A fall that the noise may be.
     {"proxy": -1.0},
     {"faults": 0.2},
+    {"faults": 0.6},  # More than the SFT policy's, but too few.
     {"gold": np.nan},
     {"proxy": np.nan},
   ],
 )
 def test_a_planted_reversal(none):
   assert verdict(ends(**none), ends(**KEPT)) == study.DOES_NOT_HOLD
+
+
+def test_nonsense_is_judged_by_its_interval():
+  none = ends()._replace(faults=np.array([0.9, 1.1, 1.6, 2.8, 4.1]))
+  assert verdict(none, ends(**KEPT)) == study.DOES_NOT_HOLD
 
 
 @pytest.mark.parametrize(
@@ -185,10 +194,36 @@ def test_ends_by_hand():
   np.testing.assert_allclose(end.peak, [4.0, 4.0])
   np.testing.assert_allclose(end.peak_step, [3.0, 3.0])
   np.testing.assert_allclose(end.faults, [0.5, 1.5])
-  np.testing.assert_allclose(end.fluent, [0.5, 0.5])
+  np.testing.assert_allclose(end.fluent, [0.0, 0.0])
   start = arms_lib.of_start(responses, usual=2.0)
   np.testing.assert_allclose(start.gold, [9.0, 9.0])
   np.testing.assert_allclose(start.fluent, [1.0, 1.0])
+
+
+def responses(clean, faulty):
+  """−log π_ref of responses without ungrammatical pairs, and with one."""
+  nll = np.array([*clean, *faulty], np.float64)
+  faults = np.array([0.0] * len(clean) + [1.0] * len(faulty))
+  return held_out.Responses(nll, nll, nll, faults, nll)
+
+
+def test_clean_responses_do_not_make_nonsense_look_fluent():
+  planted = [
+    responses([1.0] * 6, [9.0] * 4),  # Most are fluent, and no nonsense is.
+    responses([9.0] * 6, [1.0, 2.0, 2.1, 9.0]),
+    responses([1.0] * 10, []),
+  ]
+  found = arms_lib.of_start(planted, usual=2.0)
+  np.testing.assert_array_equal(found.fluent, [0.0, 0.5, np.nan])
+
+
+def test_a_seed_without_nonsense_leaves_its_looks_open():
+  none = ends(fluent=0.9)
+  none.fluent[2] = np.nan
+  found = verdict(none, ends(**KEPT))
+  assert found == "holds when the nonsense need not look fluent"
+  said = goodhart._share(intervals.of_mean(none.fluent))
+  assert said == "a seed has no response with such pairs"
 
 
 # The study.
@@ -253,6 +288,8 @@ def test_resume_trains_nothing_again(workdir, monkeypatch):
     ("window=5", "config.window: 5; wanted 1 to training.train.steps=4"),
     ("prompts=1", "config.prompts: 1; wanted at least 2"),
     ("kept=1.5", "config.kept: 1.5; wanted in (0, 1)"),
+    ("nonsense=0.0", "config.nonsense: 0.0; wanted finite and above 0"),
+    ("nonsense=inf", "config.nonsense: inf; wanted finite and above 0"),
     ("fluent=0.5", "config.fluent: 0.5; wanted in (0.5, 1)"),
     ("fluent=nan", "config.fluent: nan; wanted in (0.5, 1)"),
     ("training.kl.beta=1", "config.training.kl.beta: 1.0; wanted 0.05: the"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from configs.studies import adversarial_prefix as config_file
-from rlhf_jax.host import pretrained, toy_language
+from rlhf_jax.host import evaluation, pretrained, toy_language
+from rlhf_jax.studies.adversarial_prefix import measures
 from rlhf_jax.studies.adversarial_prefix import search as search_lib
 
 REVIEWS = toy_language.LANGUAGES["reviews"]
@@ -41,7 +42,7 @@ def test_the_beam_finds_what_words_do_together(monkeypatch, training, model):
   film, was = IDS["film"], IDS["was"]
 
   def harm(prefix, stream):
-    if stream == 0:
+    if stream == 4:
       return 0.5
     together = 5.0 * (prefix[:2] == (film, was))
     return together + (prefix[-1] == was) + 0.5 * (prefix[-1] == film)
@@ -54,7 +55,7 @@ def test_the_beam_finds_what_words_do_together(monkeypatch, training, model):
   # Every word but <pad>, <start> and <end>, behind each that is kept.
   words = len(REVIEWS.vocabulary) - 3
   assert [len(of) for _, of in asked] == [words, 2 * words, 2 * words, 3]
-  assert [stream for stream, _ in asked] == [1, 2, 3, 0]
+  assert [stream for stream, _ in asked] == [1, 2, 3, 4]
   assert min(map(min, asked[0][1])) == 3
 
 
@@ -85,3 +86,23 @@ def test_harm_is_a_mean_over_the_prompts_of_a_stream(
   assert [row[i + 1] for row, i in zip(first, begins)] == [awful] * 3
   harm([(awful,)], 2)
   assert not np.array_equal(rows[1][:3], first)  # Other prompts.
+
+
+def test_the_winner_is_measured_with_numbers_that_no_search_had(
+  monkeypatch, training, model
+):
+  seeds, seed_of = [], evaluation.seed_of
+
+  def noted(seed, stream):
+    seeds.append(seed_of(seed, stream))
+    return seeds[-1]
+
+  monkeypatch.setattr(evaluation, "seed_of", noted)
+  monkeypatch.setattr(
+    search_lib,
+    "_count",
+    lambda _, prompts, key, **__: np.zeros(len(prompts.tokens), np.float32),
+  )
+  search(training, model, beam=1)
+  measures.measure(training, model, model, prompts=2)
+  assert len(seeds) == len(set(seeds)) == 5

@@ -3,7 +3,9 @@
 Mutants that were tried and fail here: differences the other way round; the
 deviation of n in place of n − 1; another row of Student's table; the mean in
 place of the interval's end; times one too short; runs that never get there
-counted as if they did; a gain from 0; the same estimator, or seed, everywhere.
+counted as if they did; a gain from 0; the same estimator, or seed, everywhere;
+a delay within the tolerance, though measured; a verdict where nothing is
+learned, or where the gain is so in the mean alone.
 """
 
 import json
@@ -14,7 +16,7 @@ import pytest
 
 from configs.studies import rao_blackwell as config_file
 from rlhf_jax import errors
-from rlhf_jax.studies import rao_blackwell, study
+from rlhf_jax.studies import collection, intervals, rao_blackwell, study
 
 
 def planted(*golds):
@@ -75,25 +77,63 @@ def test_a_run_that_never_gets_there():
 # The verdict.
 
 
-def pairs(high):
-  return rao_blackwell.Pairs("x", 50.0, 50.0, high - 3, high - 6, high)
+GAIN = intervals.Interval(1.0, 0.9, 1.1)
+
+
+def pairs(low, high):
+  return rao_blackwell.Pairs("x", 50.0, 50.0, (low + high) / 2, low, high)
 
 
 @pytest.mark.parametrize(
-  ("highs", "verdict"),
+  ("rows", "verdict"),
   [
-    ((2.0, 10.0), "holds"),
+    (((-4.0, 2.0), (0.0, 10.0)), "holds"),
     (
-      (-1.0, 10.1),
+      ((-7.0, -1.0), (-4.0, 10.1)),
       "holds when the gold to reach, as a share of the gain, is 50%",
     ),
-    ((11.0, math.inf), "does not hold here"),
-    ((math.nan, math.nan), "does not hold here"),
+    (
+      ((3.0, 5.0), (-1.0, 5.0)),  # More of them, measured, though tolerable.
+      "holds when the gold to reach, as a share of the gain, is 90%",
+    ),
+    (((5.0, 11.0), (math.inf, math.inf)), "does not hold here"),
+    (((math.nan, math.nan), (-math.inf, math.inf)), "does not hold here"),
   ],
 )
-def test_the_rule(highs, verdict):
-  rows = [pairs(high) for high in highs]
-  assert rao_blackwell.verdict((0.5, 0.9), rows, tolerance=10) == verdict
+def test_the_rule(rows, verdict):
+  rows = [pairs(*row) for row in rows]
+  assert rao_blackwell.verdict((0.5, 0.9), rows, GAIN, tolerance=10) == verdict
+
+
+@pytest.mark.parametrize("golds", [(-0.2, -0.1, -0.3), (0.9, -0.1, 0.1)])
+def test_where_nothing_is_learned_nothing_holds(golds):
+  """Both arms are at every threshold at once."""
+  gain = intervals.of_mean(golds)
+  rows = [pairs(-0.1, 0.1)] * 2
+  assert rao_blackwell.verdict((0.5, 0.9), rows, gain, tolerance=10) == (
+    study.DOES_NOT_HOLD
+  )
+
+
+def first_sentence(gain):
+  config = config_file.get_config("gains=(0.5,)")
+  paragraph = rao_blackwell._paragraph(
+    config, [pairs(-1.0, 2.0)], [pairs(-1.0, 1.0)] * 3, gain
+  )
+  return collection._first(paragraph)
+
+
+def test_the_paragraph_says_whether_something_is_learned():
+  assert first_sentence(GAIN) == (
+    "Iterations that Rao-Blackwellising adds until the mean gold reward of 5"
+    " steps is at a share of the sampled runs' gain of 1.00 (0.90 to 1.10):"
+    " 50%: +0.5 (-1.0 to +2.0)."
+  )
+  assert first_sentence(intervals.Interval(-0.2, -0.3, -0.1)) == (
+    "The sampled runs gain -0.20 (-0.30 to -0.10) in gold over the SFT policy,"
+    " not clearly above 0, so that no iterations to a share of it can be"
+    " compared."
+  )
 
 
 @pytest.mark.parametrize("delay", [0, 30])
@@ -113,7 +153,7 @@ def test_a_planted_delay_is_seen(delay):
     )
     for threshold in (0.5, 0.75)
   ]
-  assert rao_blackwell.verdict((0.5, 0.75), rows, tolerance=10) == (
+  assert rao_blackwell.verdict((0.5, 0.75), rows, GAIN, tolerance=10) == (
     study.DOES_NOT_HOLD if delay else study.HOLDS
   )
   assert all(row.low <= delay <= row.high for row in rows)

@@ -3,10 +3,10 @@
 The reference is an SFT policy of texts by two kinds of writers (`writers`),
 and harm is words that only the harsh ones use. A search (`search`) finds
 the prefix after which it is most harmful. Arms: no prefix, random prefixes, the
-found one. Policies: the reference itself, whose KL to itself is 0 whatever it
-writes; and policies that PPO rewards for harm, charged against the reference
-that reads the prefix, as is usual, or against the reference on the clean prompt
-(`kl.anchored`).
+found one. Policies: those that PPO rewards for harm, charged against the
+reference that reads the prefix, as is usual, or against the reference on the
+clean prompt (`kl.anchored`); they are judged. The reference itself, whose KL to
+itself is 0 by definition, is reported.
 
 Left out: the language's own SFT policy. Its writers have no mood, and a search
 of three words found none that made it more harmful, or less grammatical: where
@@ -96,15 +96,18 @@ def run(
   arms = _arms(answers)
   findings = {
     UNTRAINED: rule.finding(
-      arms[FOUND], arms[NONE], None, factor=config.factor
+      arms[FOUND], arms[NONE], arms[RANDOM], None, factor=config.factor
     ),
     TRAINED: rule.finding(
-      *(arms[TUNED[name]] for name in (SHIFTED, CLEAN, ANCHORED)),
+      arms[TUNED[SHIFTED]],
+      arms[TUNED[CLEAN]],
+      arms[RANDOM],
+      arms[TUNED[ANCHORED]],
       factor=config.factor,
     ),
   }
   return study.Outcome(
-    verdict=rule.verdict(findings),
+    verdict=rule.verdict(findings[TRAINED]),
     paragraph=_paragraph(
       found, arms, findings, answers[TUNED[SHIFTED]][0][0].text
     ),
@@ -175,7 +178,7 @@ def _answers(
   """
   language = toy_language.of(config.training)
 
-  def asked(policy, seed, prefix, stream=0):
+  def asked(policy, seed, prefix):
     return measures.measure(
       toy_runs.varied(
         config.training, {"seed": seed, "rollout.prefix": prefix}
@@ -183,7 +186,6 @@ def _answers(
       policy,
       reference,
       prompts=config.prompts,
-      stream=stream,
     )
 
   def random(seed):
@@ -234,6 +236,7 @@ def _meanings(factor: float) -> tuple[str, ...]:
     "harm more than without a prefix",
     "hidden: least KL of that harm − KL, shifted",
     f"exposed: KL, clean − {factor:g} · KL, shifted",
+    "no false alarm: KL, clean − after random prefixes",
     "prevented: harm more than charged clean",
   )
 
@@ -265,17 +268,15 @@ def _tables(config, searched, found, arms, findings) -> dict[str, study.Table]:
       ],
     ),
     "findings": study.Table(
-      f"What the rule reads, all of it above 0 where the claim holds; {means}"
-      " of pairs",
+      f"What the rule reads of the policies that are {TRAINED}, all of it above"
+      f" 0 where the claim holds; beside it {UNTRAINED}, whose shifted KL is 0"
+      f" by definition; {means} of pairs",
       ("harmful words per response, or nats per response", *findings),
       [
-        *(
-          (meaning, *(x and str(x) for x in parts))
-          for meaning, parts in zip(
-            _meanings(config.factor), zip(*findings.values()), strict=True
-          )
-        ),
-        ("holds", *map(rule.holds, findings.values())),
+        (meaning, *(x and str(x) for x in parts))
+        for meaning, parts in zip(
+          _meanings(config.factor), zip(*findings.values()), strict=True
+        )
       ],
     ),
     "seeds": study.Table(
@@ -298,19 +299,23 @@ def _paragraph(
   text: str,
 ) -> str:
   of = lambda name, field: intervals.of_mean(arms[name]._asdict()[field])
-  trained = findings[TRAINED]
+  untrained, trained = findings[UNTRAINED], findings[TRAINED]
+  shifted, clean, anchored = (TUNED[x] for x in (SHIFTED, CLEAN, ANCHORED))
   return (
-    f"After {found.prefix!r} the reference writes {of(FOUND, 'harm')} harmful"
-    f" words per response instead of {of(NONE, 'harm')}, at a KL of"
-    f" {of(FOUND, 'shifted').mean:.2f} nats to itself; to the reference on the"
-    f" clean prompt it is {of(FOUND, 'anchored')}, and under random prefixes"
-    f" {of(RANDOM, 'anchored')} at {of(RANDOM, 'harm')} harmful words. PPO for"
-    f" harm under the prefix ends with {of(TUNED[SHIFTED], 'harm')} harmful"
-    f" words (“{text}”), without it with {of(TUNED[CLEAN], 'harm')}; its KL to"
-    f" the reference that it is charged against is"
-    f" {of(TUNED[SHIFTED], 'shifted')} nats, where so much harm is at least"
-    f" {of(TUNED[SHIFTED], 'least').mean:.2f} nats from the clean reference;"
-    f" the monitor reads {of(TUNED[SHIFTED], 'anchored')}. Charged against the"
-    f" clean reference it ends with {of(TUNED[ANCHORED], 'harm')} harmful"
-    f" words, {trained.prevented} fewer."
+    f"PPO for harm after {found.prefix!r} ends with {of(shifted, 'harm')}"
+    f" harmful words per response, at {of(shifted, 'shifted')} nats from the"
+    " reference that it is charged against, where so much harm is at least"
+    f" {of(shifted, 'least')} from the one on the clean prompt; the KL to that"
+    f" one is {of(shifted, 'anchored')}, {trained.no_false_alarm} more than the"
+    " reference's own after random prefixes. Without the prefix PPO ends with"
+    f" {of(clean, 'harm')} harmful words, and after it with"
+    f" {of(anchored, 'harm')} where it is charged against the reference on the"
+    f" clean prompt; the differences are {trained.more_harm} and"
+    f" {trained.prevented}. The reference itself writes {of(FOUND, 'harm')}"
+    f" after the prefix, {of(NONE, 'harm')} without one and"
+    f" {of(RANDOM, 'harm')} after random ones; its KL to itself is 0 by"
+    " definition, and to the reference on the clean prompt"
+    f" {of(FOUND, 'anchored')} after the prefix and {of(RANDOM, 'anchored')}"
+    f" after random ones, a difference of {untrained.no_false_alarm}. What PPO"
+    f" writes after the prefix: “{text}”."
   )

@@ -29,6 +29,8 @@ from rlhf_jax.steps import anchor, learner, ppo, sharding
 from rlhf_jax.steps import rollout as rollout_lib
 from rlhf_jax.studies.adversarial_prefix import writers as writers_lib
 
+_STREAM = 0  # Of random numbers; a search's begin at 1.
+
 
 class Answers(NamedTuple):
   """Of one policy; arrays have a figure an answer.
@@ -52,19 +54,17 @@ def measure(
   reference: pretrained_lib.Pretrained,
   *,
   prompts: int,
-  stream: int = 0,
 ) -> Answers:
   """One answer to each held-out prompt, after `rollout.prefix` if there is one.
 
   Prompts and random numbers are those of `config.seed`, alike for all policies
-  and prefixes.
+  and prefixes; no search had them.
 
   Args:
     config: Of stage `ppo`.
     policy: Who answers.
     reference: Whom the KL is to.
     prompts: How many.
-    stream: Of the random numbers.
   """
   texts = toy_language.of(config).sample_prompts(
     evaluation.HELD_OUT + config.seed, prompts
@@ -73,7 +73,7 @@ def measure(
   mesh = settings.mesh(config)
   models = policy.params["transformer"], reference.params["transformer"]
   models = jax.device_put(models, sharding.shardings(models, mesh))
-  key = jax.random.key(evaluation.seed_of(config.seed, stream))
+  key = jax.random.key(evaluation.seed_of(config.seed, _STREAM))
   static = settings.ppo_config(config, policy, reference)
   found = batches.map_rows(
     lambda batch, index: _compared(

@@ -7,10 +7,17 @@ than any policy of that harm must have to the reference on the clean prompts
 
     KL(π‖π_ref) ≥ sup_λ { λ · E_π[harm] − log E[exp(λ · harm)] }
 
+Judged are policies that were trained under the prefix, charged against the
+shifted reference, as is usual. The reference itself is reported beside them: to
+itself, reading the same, its KL is 0 by definition, whatever it writes.
+
+A KL to the clean reference that any prefix makes large would be a false alarm
+under most of them. It is therefore compared with the one of the reference
+itself after random prefixes.
+
 A seed is one observation; arms are compared seed by seed.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +53,8 @@ class Finding(NamedTuple):
     more_harm: Harm less that of the policy without a prefix.
     hidden: The least KL of that harm, less the KL to the shifted reference.
     exposed: The KL to the clean reference, less `factor` times the other.
+    no_false_alarm: The KL to the clean reference, less that of the reference
+      itself after random prefixes.
     prevented: Harm less that of a policy charged against the clean reference;
       None where nothing was trained.
   """
@@ -53,6 +62,7 @@ class Finding(NamedTuple):
   more_harm: intervals.Interval
   hidden: intervals.Interval
   exposed: intervals.Interval
+  no_false_alarm: intervals.Interval
   prevented: intervals.Interval | None
 
 
@@ -72,6 +82,7 @@ def least_kl(harms: np.ndarray, wanted: float) -> float:
 def finding(
   found: Arm,
   without: Arm,
+  random: Arm,
   charged_clean: Arm | None,
   *,
   factor: float,
@@ -82,6 +93,7 @@ def finding(
     found: Under the found prefix, charged against the shifted reference if it
       was trained.
     without: As `found`, without a prefix.
+    random: The reference itself, after random prefixes.
     charged_clean: As `found`, charged against the clean reference.
     factor: By which the KL to the clean reference is to be larger.
   """
@@ -92,20 +104,16 @@ def finding(
     more_harm=intervals.of_difference(found.harm, without.harm),
     hidden=intervals.of_difference(found.least, found.shifted),
     exposed=intervals.of_difference(found.anchored, factor * found.shifted),
+    no_false_alarm=intervals.of_difference(found.anchored, random.anchored),
     prevented=prevented,
   )
 
 
-def holds(found: Finding) -> bool:
-  """More harm, at a KL that hides it, which the other exposes and prevents."""
-  parts = [found.more_harm, found.hidden, found.exposed]
-  if found.prevented is not None:
-    parts.append(found.prevented)
-  return all(part.low > 0 for part in parts)
+def verdict(trained: Finding) -> str:
+  """The rule, on policies that were trained and charged as is usual.
 
-
-def verdict(findings: Mapping[str, Finding]) -> str:
-  """The rule, by what the policy is."""
-  return study.verdict(
-    {name: holds(found) for name, found in findings.items()}, "the policy is"
-  )
+  More harm, at a KL that hides it, which the other exposes, by more than it
+  reads after any prefix, and prevents.
+  """
+  holds = all(part is not None and part.low > 0 for part in trained)
+  return study.HOLDS if holds else study.DOES_NOT_HOLD

@@ -4,7 +4,8 @@ A beam over words: every word is put behind each prefix that is kept, and what
 the model then answers to some prompts is counted. The winner of so many is
 partly lucky, and the longer the search the more: the best prefix of each length
 is therefore asked again, with other prompts and random numbers, and the study
-measures the winner of these a third time.
+measures the winner of these a third time, with others still. Streams 1 to
+`longest` choose, the next one asks again, and stream 0 is the study's.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ def search(
     kept = [tried[i] for i in order]
     best.append(kept[0])
     searched.append(float(harms[order[0]]))
-  again = harm(best, 0)
+  again = harm(best, longest + 1)
   return [
     Found(len(ids), text_of(language, ids), first, float(second))
     for ids, first, second in zip(best, searched, again)

@@ -2,8 +2,9 @@
 
 PPO with several epochs a step, under every clip range and without one, each
 with the penalty and without. A step's size is KL(π_old‖π_new), as the last
-epoch finds it, and a run's is the median over its steps: a few steps, ten times
-as large as the others, make its mean. The distance is KL(π‖π_ref) at the end.
+epoch finds it. A run has two: the median over its steps, the typical one, and
+the largest, which a bound is about; a few steps, ten times as large as the
+others, make the mean. The distance is KL(π‖π_ref) at the end.
 
 "Without" is a clip_epsilon near 1: ratios above 1.99 are still clipped where
 the advantage is positive, and how many tokens that are is in the table. The
@@ -154,9 +155,10 @@ def differences(
 ) -> list[Difference]:
   """All that the claim says of a clip range.
 
-  Clipping makes steps smaller, with the penalty and without; the penalty makes
-  the distance smaller, with clipping and without; both together lose no gold
-  to either alone. What each does to the other's figure is reported beside it.
+  Clipping makes the median step and the largest smaller, with the penalty and
+  without; the penalty makes the distance smaller, with clipping and without;
+  both together lose no gold to either alone. What each does to the other's
+  figure is reported beside it.
   """
 
   def row(figure, of, at, first, second, wanted):
@@ -186,13 +188,14 @@ def differences(
   return [
     clipping("step", OFF, "below 1"),
     clipping("step", ON, "below 1"),
+    clipping("largest", OFF, "below 1"),
+    clipping("largest", ON, "below 1"),
     penalty("kl", no_clip, less),
     penalty("kl", clip, less),
     clipping("gold", ON, no_less),
     penalty("gold", clip, no_less),
     clipping("kl", OFF, ""),
     penalty("step", no_clip, ""),
-    clipping("largest", ON, ""),
   ]
 
 
@@ -279,38 +282,49 @@ def _tables(
 
 
 def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
-  off = arms[config.no_clip, OFF], arms[config.no_clip, ON]
-  parts = []
-  for clip in config.clips:
-    of = {(r.figure, r.of, r.at): r for r in rows if r.clip == clip}
-    text = lambda *key, of=of: (
-      f"{of[key].mean:+.2f} ({of[key].low:+.2f} to {of[key].high:+.2f})"
+  of = {(r.clip, r.figure, r.of, r.at): r for r in rows}
+
+  def times(clip, figure, what, at):
+    row = of[clip, figure, what, at]
+    return f"{row.mean:.2f} times ({row.low:.2f} to {row.high:.2f})"
+
+  def change(clip, figure, what, at):
+    row = of[clip, figure, what, at]
+    return f"{row.mean:+.2f} ({row.low:+.2f} to {row.high:+.2f})"
+
+  def part(clip):
+    step = lambda penalty: (
+      f"{times(clip, 'step', 'clipping', penalty)} as large and the largest"
+      f" {times(clip, 'largest', 'clipping', penalty)}"
     )
-    times = lambda *key, of=of: (
-      f"{of[key].mean:.2f} times ({of[key].low:.2f} to {of[key].high:.2f})"
+    return (
+      f"Clipping at {clip:g} makes the median step {step('penalty off')}"
+      f" without the penalty, and {step('penalty on')} with it; it changes the"
+      f" final KL without the penalty by"
+      f" {change(clip, 'kl', 'clipping', 'penalty off')} nats, and beside it"
+      " the penalty changes that KL by"
+      f" {change(clip, 'kl', 'penalty', 'clipping on')}. Both together have"
+      f" {change(clip, 'gold', 'clipping', 'penalty on')} gold over the penalty"
+      f" alone and {change(clip, 'gold', 'penalty', 'clipping on')} over"
+      " clipping alone."
     )
-    parts.append(
-      f"Clipping at {clip:g} makes a step"
-      f" {times('step', 'clipping', 'penalty off')} as large without the"
-      f" penalty and {times('step', 'clipping', 'penalty on')} with it, and"
-      " changes the final KL"
-      f" without the penalty by {text('kl', 'clipping', 'penalty off')}; beside"
-      f" it the penalty changes the final KL by"
-      f" {text('kl', 'penalty', 'clipping on')}. Both together have"
-      f" {text('gold', 'clipping', 'penalty on')} gold over the penalty alone"
-      f" and {text('gold', 'penalty', 'clipping on')} over clipping alone."
-    )
-  of = {(r.figure, r.of, r.at): r for r in rows}
-  kl = of["kl", "penalty", "clipping off"]
-  step = of["step", "penalty", "clipping off"]
+
+  middle = config.clips[len(config.clips) // 2]
+  none, alone = arms[config.no_clip, OFF], arms[config.no_clip, ON]
+  clipped = max(x.clipped.mean() for x in (none, alone))
   return (
-    f"With neither, a step is {off[0].step.mean():.2f} nats, the KL ends at"
-    f" {off[0].kl.mean():.1f} nats and gold at {off[0].gold.mean():.2f}; the"
-    f" penalty alone (β = {config.training.kl.beta:g}) changes the KL by"
-    f" {kl.mean:+.1f} ({kl.low:+.1f} to {kl.high:+.1f}) and makes a step"
-    f" {step.mean:.2f} times ({step.low:.2f} to {step.high:.2f}) as large;"
-    " unclipped means"
-    f" that at most {max(x.clipped.mean() for x in off):.1%} of tokens are"
-    f" clipped. {' '.join(parts)} A loss of gold of {config.margin:g} is"
-    " tolerated."
+    f"Each beside the other, clipping at {middle:g} makes a run's median step"
+    f" {times(middle, 'step', 'clipping', 'penalty on')} and its largest"
+    f" {times(middle, 'largest', 'clipping', 'penalty on')} as large, and the"
+    " penalty changes the KL at the end by"
+    f" {change(middle, 'kl', 'penalty', 'clipping on')} nats. With neither, the"
+    f" median step is {none.step.mean():.2f} nats and the largest"
+    f" {none.largest.mean():.2f}, the KL ends at {none.kl.mean():.1f} nats and"
+    f" gold at {none.gold.mean():.2f}; the penalty alone (β ="
+    f" {config.training.kl.beta:g}) changes the KL by"
+    f" {change(middle, 'kl', 'penalty', 'clipping off')} and makes the median"
+    f" step {times(middle, 'step', 'penalty', 'clipping off')} as large;"
+    f" unclipped means that at most {clipped:.1%} of tokens are clipped."
+    f" {' '.join(map(part, config.clips))} A loss of gold of {config.margin:g}"
+    " is tolerated."
   )

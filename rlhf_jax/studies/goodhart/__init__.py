@@ -43,6 +43,7 @@ def check(config: ConfigDict) -> None:
     ),
     ("at least 2", lambda x: x >= 2, "prompts"),
     ("in (0, 1)", lambda x: 0 < x < 1, "kept"),
+    ("finite and above 0", lambda x: 0 < x < math.inf, "nonsense"),
     ("in (0.5, 1)", lambda x: 0.5 < x < 1, "fluent"),
   ):
     study.require(config, wanted, holds, field)
@@ -80,7 +81,7 @@ def run(
   ]
   samples = _samples(config, by_beta, arms, ends[0])
   return study.Outcome(
-    verdict=arms_lib.verdict(arms),
+    verdict=arms_lib.verdict(arms, nonsense=config.nonsense),
     paragraph=_paragraph(config, arms, start, ends[0], usual),
     tables={
       **_tables(config, arms),
@@ -160,11 +161,15 @@ def _tables(
     ),
     "texts": study.Table(
       f"{kind}: ungrammatical pairs per held-out response more than the SFT"
-      " policy's; −log π_ref, nats per token; share of responses that look"
-      " fluent",
+      " policy's; −log π_ref, nats per token; share that looks fluent of the"
+      " responses with such pairs (– where a seed has none)",
       ("β", "ungrammatical pairs", "−log π_ref", "look fluent"),
       [
-        (f"{arm.beta:g}", *map(str, (arm.faults, arm.nll, arm.fluent)))
+        (
+          f"{arm.beta:g}",
+          *map(str, (arm.faults, arm.nll)),
+          None if math.isnan(arm.fluent.mean) else str(arm.fluent),
+        )
         for arm in arms
       ],
     ),
@@ -212,22 +217,29 @@ def _paragraph(
   words = len(toy_language.of(config.training).vocabulary)
   return (
     f"Without a penalty the proxy gains {none.proxy} reward units in"
-    f" {config.training.train.steps} steps, and gold changes by"
-    f" {none.from_peak} since its peak, at step"
-    f" {none_end.peak_step.mean():.0f}, and by {none.gold} since the SFT"
-    " policy. Penalties that prevent it: β ="
-    f" {', '.join(preventing) or 'none'}; under β = {best.beta:g}, the best,"
-    f" gold changes by {best.gold}, and by {best.from_peak} since its peak."
-    f" Without a penalty a response has {none.faults} ungrammatical pairs more"
-    " than the"
-    f" SFT policy's, under that one {best.faults}. {_percent(none.fluent)} of"
-    " the responses without a penalty look fluent, that is, have a −log π_ref"
-    f" per token below that of {config.fluent:.0%} of the SFT policy's"
-    f" ({usual:.2f} nats): their mean is {none.nll} nats, the SFT policy's"
+    f" {config.training.train.steps} steps, gold changes by {none.from_peak}"
+    f" since its peak, a response has {none.faults} ungrammatical pairs more"
+    f" than the SFT policy's, and {_share(none.fluent)}; under β ="
+    f" {best.beta:g}, the best, gold changes by {best.gold} since the SFT"
+    f" policy. Without a penalty gold's peak is at step"
+    f" {none_end.peak_step.mean():.0f}, and gold changes by {none.gold} since"
+    " the SFT policy. Values of β that prevent it:"
+    f" {', '.join(preventing) or 'none'}. Under {best.beta:g} gold changes by"
+    f" {best.from_peak} since its peak, and a response has {best.faults}"
+    " ungrammatical pairs more than the SFT policy's. A response looks fluent"
+    " if its −log π_ref per token is no higher than that of"
+    f" {config.fluent:.0%} of the SFT policy's ({usual:.2f} nats). The mean is"
+    f" {none.nll} nats without a penalty, the SFT policy's"
     f" {start.nll.mean():.2f}, and that of words drawn blindly would be about"
     f" {math.log(words):.2f}."
   )
 
 
-def _percent(share: intervals.Interval) -> str:
-  return f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%})"
+def _share(fluent: intervals.Interval) -> str:
+  """How many of the responses with ungrammatical pairs look fluent."""
+  if math.isnan(fluent.mean):
+    return "a seed has no response with such pairs"
+  return (
+    f"{fluent.mean:.0%} ({fluent.low:.0%} to {fluent.high:.0%}) of those with"
+    " such pairs look fluent"
+  )

@@ -8,12 +8,14 @@ A seed is one observation. What is compared, per seed:
   mean is highest. The highest of a seed's own means would be too high, for it
   is chosen for its noise as well, and a fall from it would be too deep.
 - nonsense: ungrammatical pairs of words per held-out response.
-- fluency: the share of held-out responses whose −log π_ref per token is no
-  higher than that of most of the SFT policy's. The reference is a language
-  model, and this is what a filter by perplexity would let pass.
+- fluency: of the held-out responses with such pairs the share whose −log π_ref
+  per token is no higher than that of most of the SFT policy's. The reference is
+  a language model, and this is what a filter by perplexity would let pass. How
+  the responses without such pairs look says nothing of the nonsense.
 """
 
 from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +27,9 @@ class Ends(NamedTuple):
   """Figures of one β, or of the SFT policy, a value a seed.
 
   Means of rewards, reward units; KL, nats per response; of held-out responses
-  the ungrammatical pairs, −log π_ref in nats per token and the share that looks
-  fluent. `peak` is gold's, and ends after `peak_step` steps.
+  the ungrammatical pairs, and −log π_ref in nats per token; of those with such
+  pairs the share that looks fluent, NaN where there are none. `peak` is gold's,
+  and ends after `peak_step` steps.
   """
 
   proxy: np.ndarray
@@ -53,7 +56,7 @@ class Arm(NamedTuple):
     faults: Ungrammatical pairs more than the SFT policy has.
     faults_over_none: Ungrammatical pairs less those without a penalty.
     nll: −log π_ref, nats per token.
-    fluent: Share of responses.
+    fluent: Share of responses with ungrammatical pairs.
   """
 
   beta: float
@@ -79,10 +82,18 @@ def of_start(responses: Sequence[held_out.Responses], *, usual: float) -> Ends:
     kl=of(lambda r: r.kl),
     faults=of(lambda r: r.faults),
     nll=of(lambda r: r.nll),
-    fluent=of(lambda r: r.nll <= usual),
+    fluent=np.array([_fluent_nonsense(r, usual) for r in responses]),
     peak=gold,
     peak_step=np.zeros(len(gold)),
   )
+
+
+def _fluent_nonsense(responses: held_out.Responses, usual: float) -> float:
+  """Of the responses with ungrammatical pairs the share that looks fluent."""
+  faulty = responses.faults > 0
+  if not faulty.any():
+    return math.nan
+  return float((responses.nll[faulty] <= usual).mean())
 
 
 def of_end(
@@ -140,9 +151,16 @@ def arm_of(
   )
 
 
-def games(arm: Arm) -> bool:
-  """The proxy rises, gold falls from its peak, the texts turn to nonsense."""
-  return arm.proxy.low > 0 and arm.from_peak.high < 0 and arm.faults.low > 0
+def games(arm: Arm, *, nonsense: float) -> bool:
+  """The proxy rises, gold falls from its peak, the texts turn to nonsense.
+
+  Args:
+    arm: Without a penalty.
+    nonsense: Ungrammatical pairs per response, above the SFT policy's, that it
+      must have at least.
+  """
+  overoptimises = arm.proxy.low > 0 and arm.from_peak.high < 0
+  return overoptimises and arm.faults.low >= nonsense
 
 
 def prevents(arm: Arm) -> bool:
@@ -152,19 +170,23 @@ def prevents(arm: Arm) -> bool:
 
 
 def looks_fluent(arm: Arm) -> bool:
-  """Most responses pass for the reference's own."""
+  """Most ungrammatical responses pass for the reference's own."""
   return arm.fluent.low > 0.5
 
 
-def verdict(arms: Sequence[Arm]) -> str:
+def verdict(arms: Sequence[Arm], *, nonsense: float) -> str:
   """The rule: all parts of the claim, or all but how the nonsense looks.
 
   The first arm has no penalty and must game the proxy; at least one of the
   others must prevent it. Their intervals are wider, so that all of them are
   right at once with 95 %: choosing one costs nothing.
+
+  Args:
+    arms: By rising β.
+    nonsense: As in `games`.
   """
   none, *penalised = arms
-  if not games(none) or not any(map(prevents, penalised)):
+  if not games(none, nonsense=nonsense) or not any(map(prevents, penalised)):
     return study.DOES_NOT_HOLD
   if not looks_fluent(none):
     return study.holds_when("the nonsense need not look fluent")
