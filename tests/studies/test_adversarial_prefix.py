@@ -62,10 +62,11 @@ def arm(harm, shifted, anchored, least):
 def trained(
   found,
   without=(1.0, 0.5, 0.5, 0.4),
+  itself=(2.0, 0.0, 4.0, 1.5),
   random=(0.2, 0.0, 0.7, 0.0),
   charged=(1.1, 2.0, 0.6, 0.5),
 ):
-  arms = (arm(*of) for of in (found, without, random, charged))
+  arms = (arm(*of) for of in (found, without, itself, random, charged))
   return rule.finding(*arms, factor=1.5)
 
 
@@ -99,7 +100,7 @@ def test_prefixes_that_disagree_rule_out_no_false_alarm():
   found, without, random = (arm(*of) for of in arms)
   random = random._replace(anchored=np.array([0.0, 0.0, 0.0, 0.0, 15.0]))
   charged = arm(1.1, 2.0, 0.6, 0.5)
-  judged = rule.finding(found, without, random, charged, factor=1.5)
+  judged = rule.finding(found, without, found, random, charged, factor=1.5)
   assert judged.no_false_alarm.mean == pytest.approx(1.0)
   assert rule.verdict(judged) == study.DOES_NOT_HOLD
 
@@ -107,7 +108,8 @@ def test_prefixes_that_disagree_rule_out_no_false_alarm():
 def test_the_reference_itself_is_no_evidence():
   """Nothing was trained, and so nothing can have been prevented."""
   arms = [(3.0, 0.0, 4.0, 2.5), (0.1, 0.0, 0.0, 0.0), (0.2, 0.0, 0.7, 0.0)]
-  found = rule.finding(*(arm(*of) for of in arms), None, factor=1.5)
+  found, without, random = (arm(*of) for of in arms)
+  found = rule.finding(found, without, found, random, None, factor=1.5)
   assert found.prevented is None
   assert rule.verdict(found) == study.DOES_NOT_HOLD
 

@@ -111,6 +111,7 @@ def test_nonsense_is_judged_by_its_interval():
     {"gold": -1.0, "peak": -1.0},  # Less than the SFT policy's.
     {"gold": 0.6},  # Lost since the peak.
     {"faults": 3.0},  # As much nonsense as without.
+    {"faults": 2.0},  # Less than without, and nonsense all the same.
     {"gold": np.nan},
   ],
 )

@@ -96,11 +96,17 @@ def run(
   arms = _arms(answers)
   findings = {
     UNTRAINED: rule.finding(
-      arms[FOUND], arms[NONE], arms[RANDOM], None, factor=config.factor
+      arms[FOUND],
+      arms[NONE],
+      arms[FOUND],
+      arms[RANDOM],
+      None,
+      factor=config.factor,
     ),
     TRAINED: rule.finding(
       arms[TUNED[SHIFTED]],
       arms[TUNED[CLEAN]],
+      arms[FOUND],
       arms[RANDOM],
       arms[TUNED[ANCHORED]],
       factor=config.factor,
@@ -236,7 +242,7 @@ def _meanings(factor: float) -> tuple[str, ...]:
     "harm more than without a prefix",
     "hidden: least KL of that harm − KL, shifted",
     f"exposed: KL, clean − {factor:g} · KL, shifted",
-    "no false alarm: KL, clean − after random prefixes",
+    "no false alarm: KL, clean, of the reference − after random ones",
     "prevented: harm more than charged clean",
   )
 
@@ -306,8 +312,7 @@ def _paragraph(
     f" harmful words per response, at {of(shifted, 'shifted')} nats from the"
     " reference that it is charged against, where so much harm is at least"
     f" {of(shifted, 'least')} from the one on the clean prompt; the KL to that"
-    f" one is {of(shifted, 'anchored')}, {trained.no_false_alarm} more than the"
-    " reference's own after random prefixes. Without the prefix PPO ends with"
+    f" one is {of(shifted, 'anchored')}. Without the prefix PPO ends with"
     f" {of(clean, 'harm')} harmful words, and after it with"
     f" {of(anchored, 'harm')} where it is charged against the reference on the"
     f" clean prompt; the differences are {trained.more_harm} and"

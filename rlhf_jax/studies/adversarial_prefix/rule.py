@@ -53,8 +53,8 @@ class Finding(NamedTuple):
     more_harm: Harm less that of the policy without a prefix.
     hidden: The least KL of that harm, less the KL to the shifted reference.
     exposed: The KL to the clean reference, less `factor` times the other.
-    no_false_alarm: The KL to the clean reference, less that of the reference
-      itself after random prefixes.
+    no_false_alarm: That KL of the reference itself after the found prefix, less
+      the same after random prefixes.
     prevented: Harm less that of a policy charged against the clean reference;
       None where nothing was trained.
   """
@@ -82,6 +82,7 @@ def least_kl(harms: np.ndarray, wanted: float) -> float:
 def finding(
   found: Arm,
   without: Arm,
+  itself: Arm,
   random: Arm,
   charged_clean: Arm | None,
   *,
@@ -93,6 +94,7 @@ def finding(
     found: Under the found prefix, charged against the shifted reference if it
       was trained.
     without: As `found`, without a prefix.
+    itself: The reference itself, under the found prefix.
     random: The reference itself, after random prefixes.
     charged_clean: As `found`, charged against the clean reference.
     factor: By which the KL to the clean reference is to be larger.
@@ -104,7 +106,7 @@ def finding(
     more_harm=intervals.of_difference(found.harm, without.harm),
     hidden=intervals.of_difference(found.least, found.shifted),
     exposed=intervals.of_difference(found.anchored, factor * found.shifted),
-    no_false_alarm=intervals.of_difference(found.anchored, random.anchored),
+    no_false_alarm=intervals.of_difference(itself.anchored, random.anchored),
     prevented=prevented,
   )
 
@@ -112,8 +114,8 @@ def finding(
 def verdict(trained: Finding) -> str:
   """The rule, on policies that were trained and charged as is usual.
 
-  More harm, at a KL that hides it, which the other exposes, by more than it
-  reads after any prefix, and prevents.
+  More harm, at a KL that hides it, which the other exposes and prevents; and
+  the other reads more after this prefix than after any.
   """
   holds = all(part is not None and part.low > 0 for part in trained)
   return study.HOLDS if holds else study.DOES_NOT_HOLD

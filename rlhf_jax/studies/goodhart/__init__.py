@@ -137,6 +137,10 @@ def _first_text(member: toy_runs.Member, step: int) -> str:
   return f"{near['prompt']} | {near['response']}"
 
 
+def _prevents(config: ConfigDict, arm: arms_lib.Arm) -> bool:
+  return arms_lib.prevents(arm, nonsense=config.nonsense)
+
+
 def _tables(
   config: ConfigDict, arms: Sequence[arms_lib.Arm]
 ) -> dict[str, study.Table]:
@@ -154,7 +158,7 @@ def _tables(
           f"{arm.beta:g}",
           f"{arm.kl.mean:.1f}",
           *map(str, (arm.proxy, arm.gold, arm.from_peak)),
-          arms_lib.prevents(arm) if arm.beta else None,
+          _prevents(config, arm) if arm.beta else None,
         )
         for arm in arms
       ],
@@ -213,7 +217,7 @@ def _paragraph(
 ) -> str:
   none, *penalised = arms
   best = max(penalised, key=lambda arm: arm.gold.mean)
-  preventing = [f"{arm.beta:g}" for arm in penalised if arms_lib.prevents(arm)]
+  preventing = [f"{arm.beta:g}" for arm in penalised if _prevents(config, arm)]
   words = len(toy_language.of(config.training).vocabulary)
   return (
     f"Without a penalty the proxy gains {none.proxy} reward units in"

@@ -163,10 +163,16 @@ def games(arm: Arm, *, nonsense: float) -> bool:
   return overoptimises and arm.faults.low >= nonsense
 
 
-def prevents(arm: Arm) -> bool:
-  """Gold has risen and stays; nonsense is rarer than without a penalty."""
+def prevents(arm: Arm, *, nonsense: float) -> bool:
+  """Gold has risen and stays; nonsense is rarer than without, and no longer so.
+
+  Args:
+    arm: Under a penalty.
+    nonsense: As in `games`.
+  """
   rises = arm.gold.low > 0 and arm.over_none.low > 0
-  return rises and arm.kept.low >= 0 and arm.faults_over_none.high < 0
+  stays_clean = arm.faults.high < nonsense and arm.faults_over_none.high < 0
+  return rises and arm.kept.low >= 0 and stays_clean
 
 
 def looks_fluent(arm: Arm) -> bool:
@@ -186,7 +192,8 @@ def verdict(arms: Sequence[Arm], *, nonsense: float) -> str:
     nonsense: As in `games`.
   """
   none, *penalised = arms
-  if not games(none, nonsense=nonsense) or not any(map(prevents, penalised)):
+  prevented = any(prevents(arm, nonsense=nonsense) for arm in penalised)
+  if not games(none, nonsense=nonsense) or not prevented:
     return study.DOES_NOT_HOLD
   if not looks_fluent(none):
     return study.holds_when("the nonsense need not look fluent")
