@@ -1,8 +1,9 @@
 """The study of β's regimes: its rule on planted gains, and a reduced run.
 
-Mutants that were tried and fail here: too few degrees of freedom; hacking
-without a high proxy; one reward model that is enough; usefulness by its mean;
-an error of β in place of runs; the first steps in place of the last.
+Mutants that were tried and fail here: intervals of all runs of a band, or of
+two independent means; a variance that neighbours share; hacking without a high
+proxy; one reward model that is enough; usefulness by its mean; an error of β in
+place of runs; the first steps in place of the last.
 """
 
 import json
@@ -14,7 +15,7 @@ from configs.studies import beta_regimes as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import ppo_stage
 from rlhf_jax.studies import beta_regimes, held_out, intervals, study, toy_runs
-from rlhf_jax.studies.beta_regimes import rule
+from rlhf_jax.studies.beta_regimes import rule, tables
 
 BANDS = rule.bands(
   [
@@ -44,7 +45,7 @@ def planted(proxy, gold, noise=0.02, seeds=3):
 
 
 def words(runs):
-  return rule.regimes(runs, BANDS, most=0.8, little=0.2)
+  return rule.regimes(runs, most=0.8, little=0.2)
 
 
 def interval(low, high):
@@ -64,19 +65,6 @@ def test_bands_have_names_and_places():
     [6, 7],
   ]
   assert rule.bands([("x", (0.3,))])[0].name == "0.3"
-
-
-def test_pooled_intervals_by_hand():
-  found = rule.pooled(np.array([[1.0, 3.0], [5.0, 9.0]]))
-  # Variances 2 and 8, pooled 5; t of two degrees of freedom is 4.302653.
-  half = 4.302653 * (5 / 2) ** 0.5
-  assert found[0] == pytest.approx((2, 2 - half, 2 + half), rel=1e-5)
-  assert found[1] == pytest.approx((7, 7 - half, 7 + half), rel=1e-5)
-
-
-def test_one_row_pools_with_none():
-  values = np.array([[1.0, 2.0, 4.0]])
-  assert rule.pooled(values)[0] == pytest.approx(intervals.of_mean(values[0]))
 
 
 def test_folklore_is_seen_where_it_is_so():
@@ -120,14 +108,33 @@ def test_the_word_of_intervals(moves, enough, above, word):
   )
 
 
-def test_more_gold_by_hand():
-  gold = np.array([[0.0, 0.0]] * 2 + [[1.0, 3.0], [2.0, 2.0], [0, 0], [1, 1]])
-  runs = rule.Runs(gold, gold, gold)
-  found = rule.more_gold(runs, BANDS[1], BANDS[2])
-  # Variances 2, 0, 0, 0: a mean of 1 in the first band, over four runs; four
-  # degrees of freedom: t is 2.776445.
-  half = 2.776445 * (1 / 4) ** 0.5
-  assert found == pytest.approx((1.5, 1.5 - half, 1.5 + half), rel=1e-6)
+def test_what_seeds_have_alike_cancels():
+  """Prompts, and the SFT policy's figure: they move all β of a seed."""
+  runs = planted(PROXY, GOLD, seeds=4)
+  of_seeds = np.array([3.0, -2.0, 1.0, -4.0])
+  moved = rule.Runs(runs.proxy + of_seeds, runs.gold + of_seeds, runs.kl)
+  pair = [rule.more_gold(of, BANDS[2], BANDS[1]) for of in (runs, moved)]
+  np.testing.assert_allclose(*pair)
+
+
+def test_more_beta_are_no_more_observations():
+  """Where the β of a seed are alike, twenty of them say what one says."""
+  of_seeds = np.array([[0.1, 0.2, 0.9, 1.0], [0.0, 0.0, 0.0, 0.0]])
+  # The deviation of the differences is √(0.65 / 3), their mean's half of it; t
+  # of three degrees of freedom is 3.182446.
+  half = 3.182446 * (0.65 / 3) ** 0.5 / 2
+  for count in (1, 20):
+    gold = of_seeds.repeat(count, axis=0)
+    first, second = rule.bands([("", range(count)), ("", range(count))])
+    found = rule.more_gold(rule.Runs(gold, gold, gold), first, second)
+    assert found == pytest.approx((0.55, 0.55 - half, 0.55 + half))
+
+
+def test_a_collapse_at_one_beta_widens_no_other():
+  """Without a penalty runs differ by far more than their neighbours."""
+  runs = planted(PROXY, GOLD, seeds=4)
+  runs.gold[0] += np.array([-9.0, 5.0, 7.0, -3.0])
+  assert words(runs) == [rule.UNCLEAR, *AS_SAID[1:]]
 
 
 # The verdict.
@@ -162,6 +169,64 @@ def test_unclear_is_no_agreement():
   unclear = [rule.UNCLEAR] * 8
   found = verdict(unclear, unclear, interval(-1, 1))
   assert found == study.DOES_NOT_HOLD
+
+
+@pytest.mark.parametrize(
+  ("seen", "agreement"),
+  [
+    ((rule.HACKS, rule.HACKS), rule.AGREES),
+    ((rule.HACKS, rule.UNCLEAR), rule.UNCLEAR),
+    ((rule.UNCLEAR, rule.UNCLEAR), rule.UNCLEAR),
+    ((rule.HACKS, rule.STANDARD), rule.DIFFERS),
+    ((rule.UNCLEAR, rule.STANDARD), rule.DIFFERS),
+  ],
+)
+def test_agreement_of_a_band(seen, agreement):
+  words = [*seen, *AS_SAID[2:]]
+  found = rule.agreements([AS_SAID, words], BANDS, interval(1, 2))
+  assert found["0 to 0.01"] == [rule.AGREES, agreement]
+
+
+@pytest.mark.parametrize(
+  ("useful", "agreement"),
+  [
+    ((0.1, 0.3), rule.AGREES),
+    ((-0.1, 0.3), rule.UNCLEAR),
+    ((-0.3, -0.1), rule.DIFFERS),
+    ((np.nan, np.nan), rule.UNCLEAR),
+  ],
+)
+def test_agreement_on_usefulness(useful, agreement):
+  found = rule.agreements([AS_SAID, AS_SAID], BANDS, interval(*useful))
+  assert found["0.2 to 0.5"] == [agreement, rule.AGREES]
+
+
+def test_the_paragraph_follows_what_is_seen():
+  config = config_file.get_config("reduced,training.train.steps=40")
+  betas = (0.0, 0.01, 0.02, 0.1, 0.2, 0.5, 2.0, 5.0)
+
+  def paragraph(*models):
+    models = [
+      rule.Model(pairs, 40, 0.5, 1.0, runs, words(runs))
+      for pairs, runs in zip((128, 4096), models)
+    ]
+    useful = [rule.more_gold(m.runs, BANDS[2], BANDS[1]) for m in models]
+    agreed = rule.agreements([m.words for m in models], BANDS, useful[0])
+    return tables.paragraph(config, betas, BANDS, models, agreed, useful)
+
+  as_said, noise = planted(PROXY, GOLD), planted(PROXY, GOLD, noise=5.0)
+  reverse = planted(PROXY[::-1], GOLD[::-1])
+  found = paragraph(as_said, noise)
+  assert found.startswith(
+    "With how many of 2 reward models β is what the claim says after 40 steps:"
+    " 0 to 0.01 (hacks) yes 1, unclear 1; 0.02 to 0.1 (standard) yes 1, unclear"
+    " 1; 0.2 to 0.5 (conservative) no 1, unclear 1; 2 to 5 (barely moves) yes"
+    " 1, unclear 1. Gold gained"
+  )
+  first = intervals.of_mean(as_said.gold[:2].mean(axis=0))
+  assert f" 0 to 0.01: {first}, 3 of 6, hacks 2 (128 pairs); " in found
+  assert "Gold of 0.2 to 0.5 less that of 0.02 to 0.1: -0.5" in found
+  assert "0 to 0.01 (hacks) no 1, yes 1;" in paragraph(reverse, as_said)
 
 
 # What metrics say.

@@ -1,13 +1,14 @@
 """The study `closed_form`, reduced: who ends at π*, and who as predicted."""
 
 import json
+import math
 
 from ml_collections import ConfigDict
 import pytest
 
 from configs.studies import closed_form as configs
 from rlhf_jax import errors
-from rlhf_jax.studies import closed_form, study
+from rlhf_jax.studies import closed_form, intervals, study
 from rlhf_jax.studies.closed_form import arms as arms_lib
 
 
@@ -53,29 +54,84 @@ def test_the_sampled_penalty_is_noiseless_at_the_optimum(record):
     assert start > 1
 
 
-def planted(**changes):
-  right = arms_lib.Arm(
-    "RLOO", "sequence_reverse", "sampled", 0.5, 0.999, 0.995, 1.0, 1.0, 0.0, 1.0
-  )
-  wrong = right._replace(
-    penalty="token_forward",
-    reached=0.93,
-    lowest=0.92,
-    highest=0.94,
-    predicted=0.925,
-  )
-  return [right._replace(**changes), wrong, right._replace(beta=1.0)]
+RIGHT = arms_lib.Arm(
+  "RLOO", "sequence_reverse", "sampled", 0.5, 0.999, 0.995, 1.003, 1.0, 0.0, 1.0
+)
+WRONG = RIGHT._replace(
+  penalty="token_forward", reached=0.93, low=0.92, high=0.94, predicted=0.925
+)
+
+
+@pytest.mark.parametrize(
+  ("low", "holds"), [(0.99, True), (0.989, False), (math.nan, False)]
+)
+def test_a_right_arm_is_at_the_optimum_with_all_of_its_interval(low, holds):
+  assert RIGHT._replace(low=low).as_claimed == holds
+
+
+@pytest.mark.parametrize(
+  ("low", "high", "predicted", "holds"),
+  [
+    (0.92, 0.94, 0.925, True),
+    (0.904, 0.94, 0.925, False),  # Each end is to be as predicted,
+    (0.92, 0.946, 0.925, False),
+    (0.98, 0.995, 0.98, False),  # and short of the optimum.
+    (-5.77, -5.75, -5.76, True),
+    (math.nan, math.nan, 0.925, False),
+    (0.92, 0.94, None, False),
+  ],
+)
+def test_a_wrong_arm_ends_where_it_is_predicted(low, high, predicted, holds):
+  arm = WRONG._replace(low=low, high=high, predicted=predicted)
+  assert arm.as_claimed == holds
 
 
 def test_the_verdict_follows_the_arms():
-  assert closed_form.verdict(planted()) == study.HOLDS
-  missed = planted(lowest=0.98)
-  assert closed_form.verdict(missed) == study.holds_when("β is 1")
-  missed[2] = missed[2]._replace(lowest=0.5)
-  assert closed_form.verdict(missed) == study.DOES_NOT_HOLD
-  reversed_effect = planted()
-  reversed_effect[1] = reversed_effect[1]._replace(highest=1.0, reached=0.999)
-  assert closed_form.verdict(reversed_effect) == study.DOES_NOT_HOLD
+  other = RIGHT._replace(algorithm="DPO", estimator="pairs", beta=1.0)
+  missed = RIGHT._replace(low=0.98)
+  reversed_effect = WRONG._replace(reached=0.999, low=0.995, high=1.003)
+  verdict = lambda *arms: closed_form.verdict([*arms])
+  assert verdict(RIGHT, WRONG, other) == study.HOLDS
+  assert verdict(missed, WRONG, other) == study.holds_when(
+    "the β of the sequence's KL is 1"
+  )
+  kept = WRONG._replace(penalty="k3_in_loss")
+  assert verdict(RIGHT, reversed_effect, kept) == study.holds_when(
+    "the other penalty is k3_in_loss"
+  )
+  assert verdict(missed, WRONG, other._replace(low=0.5)) == study.DOES_NOT_HOLD
+  assert verdict(RIGHT, reversed_effect, other) == study.DOES_NOT_HOLD
+
+
+def test_the_first_sentence_follows_the_arms():
+  missed = RIGHT._replace(algorithm="PPO", reached=0.985, low=0.97, high=1.0)
+  noise = [arms_lib.Noise(1.0, 2.0, 3.0, 1e-32, 1.2)]
+  plateaus = [arms_lib.Plateaus(b, e, 0.4) for b, e in ((0.1, 0.5), (1.0, 0.9))]
+  other = WRONG._replace(
+    penalty="k1_in_loss", beta=1.0, reached=-0.62, low=-0.63, high=-0.61,
+    predicted=-0.60,
+  )  # fmt: skip
+  arms = [RIGHT, missed, WRONG._replace(beta=1.0), other]
+  found = closed_form._paragraph(arms, [], noise, plateaus)
+  assert found.startswith(
+    "With the sequence's reverse KL 1 of 2 arms reach 99% of J* − J(π_ref) with"
+    " all of their interval, the least being PPO, sampled, at β = 0.5 with"
+    " 98.50% (97.00% to 100.00%); RLOO with other penalties at β = 1 ends"
+    " between -62.00% (-63.00% to -61.00%) with k1_in_loss and 93.00% (92.00%"
+    " to 94.00%) with token_forward, intervals going up to 3.0% from where the"
+    " expected gradient leads (k1_in_loss)."
+  )
+  assert "At β = 0.1 the exact gradient itself reaches 99% on 50% of" in found
+
+
+def test_an_interval_is_of_the_seeds(record):
+  tables = record["tables"]
+  assert len(tables["runs"]["rows"]) == 2 * len(tables["arms"]["rows"])
+  runs = {}
+  for *arm, _, share in tables["runs"]["rows"]:
+    runs.setdefault(tuple(arm), []).append(share)
+  for row in tables["arms"]["rows"]:
+    assert row[4:7] == pytest.approx(intervals.of_mean(runs[tuple(row[:4])]))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +140,7 @@ def test_the_verdict_follows_the_arms():
     ("betas", ()),
     ("betas", (0.5, 0.5)),
     ("betas", (0.0,)),
+    ("seeds", 1),
     ("group_size", 1),
     ("group_size", 7),
     ("evaluations", 7),

@@ -21,7 +21,9 @@ from rlhf_jax import errors
 from rlhf_jax.objective import kl
 from rlhf_jax.studies import kl_gradients, listed, study
 from rlhf_jax.studies import kl_measurements as measure
+from rlhf_jax.studies.kl_gradients import estimates as estimates_lib
 from rlhf_jax.studies.kl_gradients import penalties as penalties_lib
+from rlhf_jax.studies.kl_gradients import under_ppo as under_ppo_lib
 
 SAMPLED = ("sequence_reverse", "sampled")
 EXACT = ("sequence_reverse", "rao_blackwellised")
@@ -121,6 +123,7 @@ def test_ppo_is_right_until_something_is_taken_away(record):
   assert len(others) == 4
   for row in others:
     assert min(row["error"], row["error_rb"]) > 1e-3
+  assert [row["moved"] for row in others] == [0, 0, 0.1, 0.1]
   unclipped, clipped = others[-2:]
   assert unclipped["outside"] == clipped["outside"] > 0
   assert unclipped["error"] != clipped["error"]
@@ -212,6 +215,35 @@ def test_nan_is_never_the_better_of_two():
   rows.append(row._replace(penalty="k2_in_loss", to_sequence=1.0))
   found = penalties_lib.of_model("a", rows)
   assert math.isnan(found.ours) and math.isnan(found.published)
+
+
+def test_the_first_minibatch_is_where_nothing_has_moved():
+  """Not where no ratio is outside: a policy may have moved less than that."""
+  ppo_row = lambda name, moved, error: under_ppo_lib.Row(
+    name, moved, 0.0, error, 1.0, error / 2, 1.0
+  )
+  rows = [
+    ppo_row("first minibatch", 0.0, 4e-9),
+    ppo_row("γ = 0.9", 0.0, 0.04),
+    ppo_row("later", 0.01, 0.8),
+    ppo_row("later, clipped", 0.01, 0.6),
+  ]
+  recipe = penalties_lib.OfPenalty(
+    "k3_in_reward", "sampled", "reward", None, *[math.nan] * 2, 0.3, *[1.0] * 4
+  )
+  estimates = [estimates_lib.Row(6.0, *[1.0] * 10)]
+  found = kl_gradients._paragraph({"m": [recipe]}, [GOOD], estimates, rows)
+  assert found.startswith(
+    "On 1 models the gradients that config.kl chooses are within 1e-15 of their"
+    " targets', the nearest published recipe's (k3_in_reward on m) is off by"
+    " 0.3 of that of the sequence's reverse KL, and Rao-Blackwellising divides"
+    " the latter's variance by 2.0 to 2.0, with a perfect critic by 2.0 to 2.0."
+  )
+  assert found.endswith(
+    "is off by 4e-09 and 2e-09 on the first minibatch and there, with γ = 0.9,"
+    " by 0.04 and 0.02; where the policy has moved by 0.01 nats by 0.8 and 0.4"
+    " and, clipped, by 0.6 and 0.3."
+  )
 
 
 # Its parts.

@@ -181,6 +181,45 @@ def test_an_interval_that_touches_is_not_enough():
     )
 
 
+def test_only_the_longest_trained_length_is_judged():
+  noise = noise_of(planted_estimates(np.random.default_rng(0)))
+  clear, none = pace(12, 0, length=16), pace(0, 0)
+  assert arms_lib.verdict(noise, [none, clear], left=0.5) == study.HOLDS
+  assert arms_lib.verdict(noise, [clear, none], left=0.5) == (
+    "holds when it is about the estimates"
+  )
+
+
+def test_the_first_sentence_has_all_parts():
+  config = config_of()
+  config.lengths = LENGTHS
+  noise = arms_lib.Noise(
+    kl=[0.5, 2.0, 8.0],
+    deviations={
+      name: [intervals.Interval(sd * x, sd * x, sd * x) for x in (1, 2, 4)]
+      for name, sd in (("k1", 1.0), ("k3", 2.0), ("exact", 0.25))
+    },
+    exponents={
+      name: intervals.Interval(0.5, 0.4, 0.6) for name in ("k1", "k3", "exact")
+    },
+    left=intervals.Interval(0.25, 0.2, 0.3),
+  )
+  run = lambda x: rao_blackwell.Run(np.array([x, x]), x, 1.0, 0.1)
+  # Pairs differ by 1 and 3: 2 ± 12.706 of an error of 1.
+  short, long = (
+    arms_lib.pace_of(config, length, [run(0.5)] * 2, [run(a), run(b)])
+    for length, a, b in ((16, 0.5, 0.5), (128, 1.5, 3.5))
+  )
+  found = kl_noise._paragraph(config, noise, [short, long])
+  assert found.startswith(
+    "From 16 to 256 tokens k1's deviation goes as the length to the power of"
+    " 0.50 (0.40 to 0.60), the exact estimate's is 0.25 (0.20 to 0.30) of it at"
+    " 256, and with 128 tokens Rao-Blackwellising changes score − β · KL in the"
+    " mean of all iterations by +2.000 (-10.706 to +14.706) from 0.500. Over"
+  )
+  assert "4.00 (4.00 to 4.00) at 256, 2.0 and 0.5 times the KL;" in found
+
+
 # The study.
 
 
@@ -270,6 +309,10 @@ def test_a_study_that_has_ended_is_not_done_again(workdir):
     (
       "training.kl.beta=0.1",
       "config.training.kl.beta: 0.1; wanted 0.05: the study sets it itself",
+    ),
+    (
+      "training.kl.controller=adaptive",
+      "config.training.kl.controller: 'adaptive'; wanted 'fixed': the study",
     ),
     (
       "lengths=(4,513)",

@@ -92,7 +92,7 @@ def run(
   sft = config.training.pipeline.sft
   policy = toy_runs.made("sft", sft, workdir, console)
   models = [
-    _model(config, bands, policy, pairs, steps, workdir, console)
+    _model(config, policy, pairs, steps, workdir, console)
     for pairs, steps in zip(config.pairs, config.reward_steps)
   ]
   standard, conservative = bands[1:3]
@@ -116,7 +116,6 @@ def run(
 
 def _model(
   config: ConfigDict,
-  bands: Sequence[rule.Band],
   policy: pathlib.Path,
   pairs: int,
   steps: int,
@@ -156,7 +155,7 @@ def _model(
     float(np.corrcoef(scores, golds)[0, 1]),
     toy_runs.summary(reward)["metrics"]["reward_model/raw_std"],
     runs,
-    rule.regimes(runs, bands, most=config.most, little=config.little),
+    rule.regimes(runs, most=config.most, little=config.little),
   )
 
 

@@ -8,23 +8,23 @@ With the best β the one of the highest mean gold, a β
 - hacks, where gold lacks more, and the proxy is above the best β's;
 - is conservative, where gold lacks more, and the proxy is below the best β's.
 
-Less, above and the like are said of 95 % intervals of differences of pairs;
-what they leave open is unclear. Few seeds give wide intervals, so that the
-neighbours in a band pool their variance: they are alike in what they are.
-The best β is chosen by the same runs, which makes its gain a little too large.
+Less, above and the like are said of 95 % intervals over seeds, of differences
+of pairs; what they leave open is unclear. The β of a band share their seeds,
+the prompts and the SFT policy's figure, so that a band has no more observations
+than a β has: one a seed. The best β is chosen by the same runs, which makes its
+gain a little too large.
 """
 
 from collections.abc import Sequence
-import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from rlhf_jax.studies import intervals, study
 
 BARELY, STANDARD = "barely moves", "standard"
 HACKS, CONSERVATIVE = "hacks", "conservative"
+AGREES, DIFFERS = "yes", "no"  # with the claim
 UNCLEAR = "unclear"
 
 
@@ -85,38 +85,23 @@ def bands(betas: Sequence[tuple[str, Sequence[float]]]) -> list[Band]:
   return found
 
 
-def pooled(values: np.ndarray) -> list[intervals.Interval]:
-  """Student's 95 % interval of each row's mean, from the variance of all.
-
-  Rows are β of a band, columns are seeds; each row has its own mean.
-  """
-  rows, seeds = values.shape
-  error = math.sqrt(values.var(axis=1, ddof=1).mean() / seeds)
-  half = float(stats.t.ppf(0.975, rows * (seeds - 1))) * error
-  return [
-    intervals.Interval(mean, mean - half, mean + half)
-    for mean in map(float, values.mean(axis=1))
-  ]
-
-
 def best(runs: Runs) -> int:
   """The place of the β with the most gold."""
   return int(runs.gold.mean(axis=1).argmax())
 
 
-def regimes(
-  runs: Runs, all_bands: Sequence[Band], *, most: float, little: float
-) -> list[str]:
+def regimes(runs: Runs, *, most: float, little: float) -> list[str]:
   """The word for each β, by what is seen."""
-  place, largest = best(runs), int(runs.proxy.mean(axis=1).argmax())
-  words = []
-  for band in all_bands:
-    of = list(band.places)
-    moves = pooled(runs.proxy[of] - little * runs.proxy[largest])
-    enough = pooled(runs.gold[of] - most * runs.gold[place])
-    above = pooled(runs.proxy[of] - runs.proxy[place])
-    words += map(_word, moves, enough, above)
-  return words
+  most_gold, most_proxy = best(runs), int(runs.proxy.mean(axis=1).argmax())
+  less = intervals.of_difference
+  return [
+    _word(
+      moves=less(proxy, little * runs.proxy[most_proxy]),
+      enough=less(gold, most * runs.gold[most_gold]),
+      above=less(proxy, runs.proxy[most_gold]),
+    )
+    for proxy, gold in zip(runs.proxy, runs.gold)
+  ]
 
 
 def _word(
@@ -135,25 +120,25 @@ def _word(
   return UNCLEAR
 
 
-def more_gold(runs: Runs, band: Band, than: Band) -> intervals.Interval:
-  """Gold that a band's β have in the mean more than another band's.
+def gold_of(runs: Runs, band: Band) -> np.ndarray:
+  """The mean gold of a band's β, a value a seed."""
+  return runs.gold[list(band.places)].mean(axis=0)
 
-  Student's 95 % interval; the variance is that between the seeds of each β.
-  """
-  pair = [runs.gold[list(of.places)] for of in (band, than)]
-  difference = float(pair[0].mean() - pair[1].mean())
-  variance = sum(float(x.var(axis=1, ddof=1).mean()) / x.size for x in pair)
-  freedom = sum(x.shape[0] * (x.shape[1] - 1) for x in pair)
-  half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-  return intervals.Interval(difference, difference - half, difference + half)
+
+def more_gold(runs: Runs, band: Band, than: Band) -> intervals.Interval:
+  """Gold that a band's β have in the mean more than another band's."""
+  return intervals.of_difference(gold_of(runs, band), gold_of(runs, than))
 
 
 def agreements(
   words: Sequence[Sequence[str]],
   all_bands: Sequence[Band],
   useful: intervals.Interval,
-) -> dict[str, list[bool]]:
+) -> dict[str, list[str]]:
   """Per band, whether each reward model's β are what the claim says.
+
+  `AGREES` if all β of the band are; `UNCLEAR` if others are seen to be nothing
+  else; otherwise `DIFFERS`.
 
   Args:
     words: For each reward model, the weakest first, those of `regimes`.
@@ -164,14 +149,27 @@ def agreements(
   found = {}
   for band in all_bands:
     found[band.name] = [
-      all(of[place] == band.word for place in band.places) for of in words
+      _agreement(band.word, {of[place] for place in band.places})
+      for of in words
     ]
     if band.word == CONSERVATIVE:
-      found[band.name][0] = useful.low > 0
+      found[band.name][0] = _usefulness(useful)
   return found
 
 
-def verdict(agreed: dict[str, list[bool]]) -> str:
+def _agreement(word: str, seen: set[str]) -> str:
+  if seen == {word}:
+    return AGREES
+  return UNCLEAR if seen <= {word, UNCLEAR} else DIFFERS
+
+
+def _usefulness(gold: intervals.Interval) -> str:
+  if gold.low > 0:
+    return AGREES
+  return DIFFERS if gold.high < 0 else UNCLEAR
+
+
+def verdict(agreed: dict[str, list[str]]) -> str:
   """The rule: a band is right where it is so for every reward model."""
-  conditions = {name: all(of) for name, of in agreed.items()}
+  conditions = {name: {*of} == {AGREES} for name, of in agreed.items()}
   return study.verdict(conditions, "β is")

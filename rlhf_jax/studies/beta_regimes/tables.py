@@ -12,16 +12,15 @@ from rlhf_jax.studies.beta_regimes import rule
 def bands_table(
   bands: Sequence[rule.Band],
   models: Sequence[rule.Model],
-  agreed: Mapping[str, Sequence[bool]],
+  agreed: Mapping[str, Sequence[str]],
 ) -> study.Table:
-  """What is seen in each band, and whether the claim says so."""
+  """What each band gains, and whether its β are what the claim says."""
   rows = [
     (
       band.name,
       band.word,
       m.pairs,
-      _counted([m.words[place] for place in band.places]),
-      float(m.runs.gold[list(band.places)].mean()),
+      str(_gold(m, band)),
       float(m.runs.kl[list(band.places)].mean()),
       _lost(m, band),
       agreed[band.name][i],
@@ -30,14 +29,19 @@ def bands_table(
     for i, m in enumerate(models)
   ]
   return study.Table(
-    "For each band of β: the claim's word; pairs of the reward model; what its"
-    " β are seen to do; means of gold gained, reward units, and KL, nats per"
-    " response; how many runs end with less gold than the SFT policy. Under the"
-    " fewest pairs the conservative band is to have more gold than the standard"
-    " one",
-    ("β", "claim", "pairs", "seen", "gold", "KL", "lost", "agrees"),
+    "For each band of β: the claim's word; pairs of the reward model; means of"
+    " gold gained, reward units, with a 95 % interval over seeds, and of KL,"
+    " nats per response; how many runs end with less gold than the SFT policy;"
+    " whether all of its β are seen to do what the claim says. Under the fewest"
+    " pairs the conservative band is to have more gold than the standard one",
+    ("β", "claim", "pairs", "gold", "KL", "lost", "agrees"),
     rows,
   )
+
+
+def _gold(model: rule.Model, band: rule.Band) -> intervals.Interval:
+  """The mean of the band's β."""
+  return intervals.of_mean(rule.gold_of(model.runs, band))
 
 
 def _lost(model: rule.Model, band: rule.Band) -> str:
@@ -92,7 +96,8 @@ def betas_table(
     (
       m.pairs,
       f"{beta:g}",
-      *(float(of[i].mean()) for of in m.runs),
+      *(str(intervals.of_mean(of[i])) for of in (m.runs.proxy, m.runs.gold)),
+      float(m.runs.kl[i].mean()),
       m.words[i],
     )
     for m in models
@@ -100,7 +105,8 @@ def betas_table(
   ]
   return study.Table(
     f"Every β: means over {config.seeds} seeds and the last {config.window}"
-    " steps; gains since the SFT policy, reward units; KL, nats per response",
+    " steps; gains since the SFT policy, reward units, with 95 % intervals; KL,"
+    " nats per response",
     ("pairs", "β", "proxy", "gold", "KL", "seen"),
     rows,
   )
@@ -129,32 +135,35 @@ def paragraph(
   betas: Sequence[float],
   bands: Sequence[rule.Band],
   models: Sequence[rule.Model],
-  agreed: Mapping[str, Sequence[bool]],
+  agreed: Mapping[str, Sequence[str]],
   useful: Sequence[intervals.Interval],
 ) -> str:
-  """What each band does, and the best β of each reward model."""
-  said = []
-  for band in bands:
-    seen = [
-      f"{_counted([m.words[place] for place in band.places])} ({m.pairs}"
-      f" pairs, {_lost(m, band)})"
+  """Which bands agree, what is seen in each of them, and the best β."""
+  of_pairs = lambda of: "; ".join(
+    f"{text} ({m.pairs} pairs)" for text, m in zip(of, models)
+  )
+  agreements = [
+    f"{band.name} ({band.word}) {_counted(agreed[band.name])}" for band in bands
+  ]
+  seen = {
+    band.name: [
+      f"{_gold(m, band)}, {_lost(m, band)},"
+      f" {_counted([m.words[place] for place in band.places])}"
       for m in models
     ]
-    said.append(f"{band.name}, said to be {band.word}: {'; '.join(seen)}")
+    for band in bands
+  }
+  standard, conservative = bands[1:3]
   bests = [
-    f"{betas[rule.best(m.runs)]:g} ({m.pairs} pairs, correlation with gold"
-    f" {m.correlation:.2f})"
+    f"{betas[rule.best(m.runs)]:g}, correlation with gold {m.correlation:.2f}"
     for m in models
   ]
-  gains = [
-    f"{interval} ({m.pairs} pairs)" for interval, m in zip(useful, models)
-  ]
-  right = sum(map(all, agreed.values()))
   return (
-    f"{right} of {len(bands)} bands of β are what the claim says, under all"
-    f" reward models, after {config.training.train.steps} steps. How many β are"
-    " seen to do what, and how many runs end with less gold than the SFT"
-    f" policy: {'. '.join(said)}. The best β is {', '.join(bests)}."
-    f" The conservative band has {', '.join(gains)} more gold than the standard"
-    " one."
+    f"With how many of {len(models)} reward models β is what the claim says"
+    f" after {config.training.train.steps} steps: {'; '.join(agreements)}. Gold"
+    " gained in the mean of a band, how many runs lost some, and what its β are"
+    " seen to do:"
+    f" {'. '.join(f'{name}: {of_pairs(of)}' for name, of in seen.items())}."
+    f" The best β: {of_pairs(bests)}. Gold of {conservative.name} less that of"
+    f" {standard.name}: {of_pairs(useful)}."
   )

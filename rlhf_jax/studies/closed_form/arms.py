@@ -4,6 +4,7 @@ Everything here is on the host or in float64.
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from rlhf_jax.objective import kl
-from rlhf_jax.studies import enumerable
+from rlhf_jax.studies import enumerable, intervals
 from rlhf_jax.studies.closed_form import runs
 
 SEQUENCE = "sequence_reverse"
@@ -48,8 +49,9 @@ class Program(NamedTuple):
 class Arm(NamedTuple):
   """A row of the table `arms`.
 
-  `reached` (median), `lowest` and `highest` of the seeds' shares of
-  J* − J(π_ref), each a mean over the last evaluations; KLs, medians, in nats.
+  `reached`, `low` and `high`: the mean of the seeds' shares of J* − J(π_ref),
+  each a mean over the last evaluations, and its 95 % interval; KLs, medians, in
+  nats.
   """
 
   algorithm: str
@@ -57,8 +59,8 @@ class Arm(NamedTuple):
   estimator: str
   beta: float
   reached: float
-  lowest: float
-  highest: float
+  low: float
+  high: float
   predicted: float | None
   to_optimum: float
   to_reference: float
@@ -74,21 +76,30 @@ class Arm(NamedTuple):
     return self.algorithm in RIGHT and not self.is_wrong
 
   @property
+  def apart(self) -> float:
+    """How far the interval goes from what is predicted; NaN without that."""
+    predicted = math.nan if self.predicted is None else self.predicted
+    return max(abs(self.low - predicted), abs(self.high - predicted))
+
+  @property
   def as_claimed(self) -> bool:
-    """Right, and at π*; or wrong, as predicted, and short of it."""
+    """Right, and at π*; or wrong, as predicted, and short of it.
+
+    With all of the interval.
+    """
     if self.is_right:
-      return self.lowest >= ENOUGH
-    return (
-      self.predicted is not None
-      and abs(self.reached - self.predicted) <= TOLERANCE
-      and self.highest < ENOUGH
-    )
+      return self.low >= ENOUGH
+    return self.apart <= TOLERANCE and self.high < ENOUGH
 
 
 class Way(NamedTuple):
-  """How an arm came there, medians of the seeds at each evaluation."""
+  """How an arm came there, medians of the seeds at each evaluation.
+
+  `shares` are what each seed reached at the end.
+  """
 
   arm: Arm
+  shares: Float[np.ndarray, "S"]
   best: float
   value: Float[np.ndarray, "E"]
   to_optimum: Float[np.ndarray, "E"]
@@ -207,22 +218,21 @@ def ways(
     names, *map(by_arm, figures)
   ):
     last = lambda x: x[-config.last :].mean(0)
-    of_seeds = last(reached)
+    shares = last(reached)
     has_prediction = algorithm in RIGHT and algorithm != DPO
     arm = Arm(
       algorithm,
-      penalty=penalty[0],
-      estimator=penalty[1],
-      beta=beta,
-      reached=float(np.median(of_seeds)),
-      lowest=float(of_seeds.min()),
-      highest=float(of_seeds.max()),
+      *penalty,
+      beta,
+      *intervals.of_mean(shares),
       predicted=predicted[penalty, beta] if has_prediction else None,
       to_optimum=float(np.median(last(optimum))),
       to_reference=float(np.median(last(reference))),
     )
     median = lambda x: np.median(x, axis=1)
-    found.append(Way(arm, float(best.max()), median(value), median(optimum)))
+    found.append(
+      Way(arm, shares, float(best.max()), median(value), median(optimum))
+    )
   return found
 
 

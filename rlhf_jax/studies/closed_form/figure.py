@@ -94,7 +94,7 @@ def _ends(axis, arms) -> None:
   lacking = lambda share: max(1 - share, 1e-5)
   for place, ((_, colour), of) in enumerate(rows.items()):
     for arm in of:
-      ends = lacking(arm.highest), lacking(arm.lowest)
+      ends = lacking(arm.high), lacking(arm.low)
       axis.plot(ends, [place] * 2, color=colour, lw=2, alpha=0.4)
       axis.plot(lacking(arm.reached), place, "o", color=colour, ms=6)
       if arm.is_wrong:
@@ -103,7 +103,8 @@ def _ends(axis, arms) -> None:
   axis.axvline(1 - arms_lib.ENOUGH, ls="--", color="0.4", lw=1)
   axis.plot([], [], "o", color="0.4", label="reached, a dot a β")
   axis.plot([], [], "d", mfc="none", mec="black", ms=9, label="predicted")
-  axis.plot([], [], "--", color="0.4", lw=1, label="1 %")
+  enough = f"{1 - arms_lib.ENOUGH:.0%}"
+  axis.plot([], [], "--", color="0.4", lw=1, label=enough)
   axis.set_xscale("log")
   axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
   for tick, (_, colour) in zip(axis.get_yticklabels(), rows):

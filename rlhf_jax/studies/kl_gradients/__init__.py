@@ -146,25 +146,25 @@ def _paragraph(rows, models, estimates, under_ppo) -> str:
   inside = sum(row.inside for row in models)
   intervals = len(models) * len(kl.PENALTIES)
   far = estimates[-1]
-  on_policy = [row for row in under_ppo if row.outside == 0]
-  worst = max(on_policy, key=lambda row: row.error)
+  first, *altered = [row for row in under_ppo if row.moved == 0]
+  worst = max(altered, key=lambda row: row.error)
   *_, unclipped, clipped = under_ppo
   return (
     f"On {len(models)} models the gradients that config.kl chooses are within"
-    f" {max(row.ours for row in models):.0e} of their targets'. The nearest"
-    f" published recipe, {nearest.penalty} on {nearest_model}, is off by"
-    f" {nearest.to_sequence:.2g} of the gradient of the sequence's reverse KL."
-    " Rao-Blackwellising divides the variance of that gradient by"
-    f" {min(alone):.1f} to {max(alone):.1f} without a critic and by"
-    f" {min(with_critic):.1f} to {max(with_critic):.1f} with a perfect one."
-    f" The expectation is inside {inside} of {intervals} 95 % intervals of"
-    f" sampled gradients. At {far.kl:g} nats per response the standard"
-    f" deviation of an estimate is {far.sd_k1:.2g} nats for k1,"
-    f" {far.sd_k3:.3g} for k3 and {far.sd_exact:.2g} for the exact KL at the"
-    " sampled states. PPO's gradient of J, sampled and Rao-Blackwellised, is"
-    f" right on the first minibatch; {worst.setting} puts it off by"
-    f" {worst.error:.2g} and {worst.error_rb:.2g}, later epochs"
-    f" ({unclipped.setting}) by {unclipped.error:.2g} and"
-    f" {unclipped.error_rb:.2g} and, clipped, by {clipped.error:.2g} and"
-    f" {clipped.error_rb:.2g}."
+    f" {max(row.ours for row in models):.0e} of their targets', the nearest"
+    f" published recipe's ({nearest.penalty} on {nearest_model}) is off by"
+    f" {nearest.to_sequence:.2g} of that of the sequence's reverse KL, and"
+    f" Rao-Blackwellising divides the latter's variance by {min(alone):.1f} to"
+    f" {max(alone):.1f}, with a perfect critic by {min(with_critic):.1f} to"
+    f" {max(with_critic):.1f}. The expectation is inside {inside} of"
+    f" {intervals} 95 % intervals of sampled gradients. At {far.kl:g} nats per"
+    f" response the standard deviation of an estimate is {far.sd_k1:.2g} nats"
+    f" for k1, {far.sd_k3:.3g} for k3 and {far.sd_exact:.2g} for the exact KL"
+    " at the sampled states. PPO's gradient of J, sampled and"
+    f" Rao-Blackwellised, is off by {first.error:.0e} and"
+    f" {first.error_rb:.0e} on the first minibatch and there, with"
+    f" {worst.setting}, by {worst.error:.2g} and {worst.error_rb:.2g}; where"
+    f" the policy has moved by {unclipped.moved:g} nats by"
+    f" {unclipped.error:.2g} and {unclipped.error_rb:.2g} and, clipped, by"
+    f" {clipped.error:.2g} and {clipped.error_rb:.2g}."
   )

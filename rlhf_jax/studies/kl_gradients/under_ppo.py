@@ -96,10 +96,12 @@ class Task(NamedTuple):
 class Row(NamedTuple):
   """Against the true gradient, sampled and Rao-Blackwellised (rb).
 
-  `outside` is the share of tokens whose importance ratio is outside 1 ± ε.
+  `moved` is KL(π_old‖π), nats per response, 0 on the first minibatch; `outside`
+  is the share of tokens whose importance ratio is outside 1 ± ε.
   """
 
   setting: str
+  moved: float
   outside: float
   error: float
   cosine: float
@@ -124,7 +126,7 @@ def measured(config: ConfigDict, rng: np.random.Generator) -> list[Row]:
       for estimator in ("sampled", "rao_blackwellised")
     ]
 
-  def rows(policy, names):
+  def rows(policy, moved, names):
     true = jax.device_get(gradient(policy))
     outside = float(task.outside(policy, config.clip_epsilon))
     sampled, rao_bl = jax.device_get(surrogates(policy))
@@ -132,6 +134,7 @@ def measured(config: ConfigDict, rng: np.random.Generator) -> list[Row]:
       here = settings.index(setting)
       yield Row(
         setting=name,
+        moved=moved,
         outside=outside,
         error=measure.relative_error(sampled[here], true),
         cosine=measure.cosine(sampled[here], true),
@@ -141,13 +144,12 @@ def measured(config: ConfigDict, rng: np.random.Generator) -> list[Row]:
 
   start = task.model.policy
   distance = jax.jit(lambda policy: task.model.divergence(start, policy))
-  found = list(rows(start, on_policy))
+  found = list(rows(start, 0.0, on_policy))
   for nats in config.moves:
     policy = listed.at_distance(
       distance, start, gradient(start), nats, field="ppo.moves"
     )
-    name = f"KL(π_old‖π) = {nats:g}"
-    found += rows(policy, {name: Setting(), f"{name}, clipped": clipped})
+    found += rows(policy, nats, {"later": Setting(), "later, clipped": clipped})
   return found
 
 
@@ -156,8 +158,9 @@ def table(config: ConfigDict, rows: list[Row]) -> study.Table:
   return study.Table(
     f"PPO's expected gradient of J (β = {config.beta:g}) against the true one"
     " at the current policy: relative error and cosine, sampled and"
-    " Rao-Blackwellised (rb) sequence_reverse; outside: share of tokens whose"
-    f" ratio is outside 1 ± {config.clip_epsilon:g}",
+    " Rao-Blackwellised (rb) sequence_reverse; moved: KL(π_old‖π), nats per"
+    " response; outside: share of tokens whose ratio is outside 1 ±"
+    f" {config.clip_epsilon:g}",
     Row._fields,
     rows,
   )

@@ -62,6 +62,7 @@ def check(config: ConfigDict) -> None:
   }
   runs["estimates"] = task_lib.of_length(config, longest)
   fixed = {
+    "kl.controller": "fixed",
     "kl.estimator": "sampled",
     "kl.beta": 0.05,
     "reward.function": "",
@@ -169,25 +170,33 @@ def _tables(
 def _paragraph(
   config: ConfigDict, noise: arms.Noise, paces: list[arms.Pace]
 ) -> str:
-  first, last = noise.deviations["k1"][0], noise.deviations["k1"][-1]
-  relative = [
-    sd.mean / nats for sd, nats in zip(noise.deviations["k1"], noise.kl)
-  ]
+  first, last = config.lengths[0], config.lengths[-1]
+  longest = paces[-1]
+  k1, exact = noise.deviations["k1"], noise.deviations["exact"]
+  beside = [sd.mean / nats for sd, nats in zip(k1, noise.kl)]
   text = (
-    f"From {config.lengths[0]} to {config.lengths[-1]} tokens k1's deviation"
-    f" grows from {first} to {last} nats, as the length to the power of"
-    f" {noise.exponents['k1']}; the KL itself grows faster, so that the"
-    f" deviation falls from {relative[0]:.1f} to {relative[-1]:.1f} times it."
-    f" The exact estimate's grows as the power of {noise.exponents['exact']}"
-    f" and is {noise.left} of k1's at the longest."
+    f"From {first} to {last} tokens k1's deviation goes as the length to the"
+    f" power of {noise.exponents['k1']}, the exact estimate's is {noise.left}"
+    f" of it at {last}, and with {longest.length} tokens Rao-Blackwellising"
+    " changes score − β · KL in the mean of all iterations by"
+    f" {_change(longest.learning)}. Over {config.responses} responses of one"
+    f" policy k1's deviation is {k1[0]} nats at {first} tokens and {k1[-1]} at"
+    f" {last}, {beside[0]:.1f} and {beside[-1]:.1f} times the KL; the exact"
+    f" estimate's is {exact[0]} and {exact[-1]}, which goes as the power of"
+    f" {noise.exponents['exact']}."
   )
   for pace in paces:
-    mean, end = pace.learning, pace.end
     text += (
-      f" PPO with {pace.length} tokens, β = {pace.beta:.3g}: Rao-Blackwellising"
-      f" changes score − β · KL by {mean.difference:+.3f} ({mean.low:+.3f} to"
-      f" {mean.high:+.3f}) from {mean.sampled:.3f} in the mean of all"
-      f" iterations, and by {end.difference:+.3f} ({end.low:+.3f} to"
-      f" {end.high:+.3f}) from {end.sampled:.3f} at the end."
+      f" PPO with {pace.length} tokens, β = {pace.beta:.3g}: the change is"
+      f" {_change(pace.learning)} in the mean of all iterations and"
+      f" {_change(pace.end)} at the end."
     )
   return text
+
+
+def _change(pairs: rao_blackwell.Pairs) -> str:
+  """What Rao-Blackwellising changes, and from where."""
+  return (
+    f"{pairs.difference:+.3f} ({pairs.low:+.3f} to {pairs.high:+.3f}) from"
+    f" {pairs.sampled:.3f}"
+  )

@@ -132,11 +132,16 @@ def verdict(noise: Noise, paces: list[Pace], *, left: float) -> str:
   """The rule: a part on the estimates, and one on learning.
 
   The noise is there and is cured where k1's deviation grows with length and
-  the exact estimate's is less than `left` of it at the longest. It slows
-  learning, and that is cured, where at the longest length that was trained
-  Rao-Blackwellising raises the mean objective of all iterations. (The
-  iteration at which a run reaches a share of its gain says the same with far
-  more noise: a run's curve crosses it several times.)
+  the exact estimate's is less than `left` of it at the longest. The intervals
+  are of responses of one policy, and say nothing of others.
+
+  It slows learning, and that is cured, where at the longest length that was
+  trained, and at no other, Rao-Blackwellising raises the mean objective of all
+  iterations. That learning suffers more from longer responses is not asked: β
+  is tilt / √length, so that β times a deviation that goes as the length's root,
+  the noise that is charged, is alike at all lengths. (The iteration at which a
+  run reaches a share of its gain says the same with far more noise: a run's
+  curve crosses it several times.)
   """
   parts = {
     "the estimates": noise.exponents["k1"].low > 0 and noise.left.high < left,
