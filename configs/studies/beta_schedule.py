@@ -3,7 +3,10 @@ r"""Starting conservative and relaxing beats a constant β.
     python -m launch.study --config=configs/studies/beta_schedule.py \
       --workdir=runs/beta_schedule
 
-Not run at its full size yet: ten arms, four seeds, 60 steps.
+On two cores of a server CPU: 255 s. Verdict: does not hold. Of five ways to
+move β none is ahead of a constant at the same KL by more gold than the 0.04
+that interpolating between constants may add; the best, cosine, has 0.05 more
+(95 % interval, all at once: −0.20 to 0.30).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,9 @@
 
 Mutants that were tried and fail here: a curve that goes on beyond its ends; one
 straight in KL; constants in falling order; differences the other way round; the
-interval's other end; an arm judged by the seeds that can be compared.
+interval's other end; an arm judged by the seeds that can be compared; each arm
+at 95 %; a bias that is not charged, that is credited where it is below 0, or
+taken for 0 where it is not known.
 """
 
 import json
@@ -44,13 +46,19 @@ def moved(ahead, kl=6.0, slope=0.5):
   return runs(slope * np.sqrt(kl) + ahead + shifts, [kl] * SEEDS)
 
 
-def judge(ahead):
+def judge(ahead, bias=0.0):
   curves = beta_schedule.curves_by_seed(constants())
-  arms = [
-    beta_schedule.of_arm(name, moved(more), curves)
-    for name, more in ahead.items()
+  arms = {name: moved(more) for name, more in ahead.items()}
+  return beta_schedule.verdict(beta_schedule.of_arms(arms, curves), bias)
+
+
+def left_out(*ahead):
+  """Constants that a curve without them puts ahead; NaN: they have none."""
+  nan = math.nan
+  return [
+    beta_schedule.Arm(f"constant {i}", 1, 1, 1, 1, x, nan, nan, SEEDS)
+    for i, x in enumerate(ahead)
   ]
-  return beta_schedule.verdict(arms)
 
 
 # The figures.
@@ -85,18 +93,35 @@ def test_ahead_by_hand():
 
 def test_an_arm_by_hand():
   curves = [(np.array([0.0, 4.0]), np.array([0.0, 0.0]))] * 2
-  arm = beta_schedule.of_arm("dual", runs([1, 3], [1, 3]), curves)
+  arm = beta_schedule.of_arm("dual", runs([1, 3], [1, 3]), curves, level=0.95)
   # Two values: sd √2, error 1, and t of one degree of freedom is 12.706.
   assert arm[:5] == ("dual", 1, 1, 2, 2)
   assert arm[5:] == pytest.approx((2, 2 - 12.7062, 2 + 12.7062, 2))
 
 
+def test_several_arms_are_right_at_once():
+  curves = [(np.array([0.0, 4.0]), np.array([0.0, 0.0]))] * 2
+  arms = beta_schedule.of_arms(
+    {n: runs([1, 3], [1, 3]) for n in "abcde"}, curves
+  )
+  # Of five, each at 99 %: t of one degree of freedom is 63.657.
+  for arm in arms:
+    assert (arm.low, arm.high) == pytest.approx((2 - 63.6567, 2 + 63.6567))
+
+
+def test_the_bias_by_hand():
+  nan = math.nan
+  assert beta_schedule.bias(left_out(nan, 0.3, -0.1, nan)) == pytest.approx(0.1)
+  assert beta_schedule.bias(left_out(nan, 0.1, -0.3, nan)) == 0
+  assert math.isnan(beta_schedule.bias(left_out(nan, nan, nan)))
+
+
 def test_an_arm_that_one_seed_cannot_compare():
   curves = [(np.array([0.0, 4.0]), np.array([0.0, 0.0]))] * 2
-  arm = beta_schedule.of_arm("dual", runs([5, 5], [1, 4.5]), curves)
+  arm = beta_schedule.of_arm("dual", runs([5, 5], [1, 4.5]), curves, level=0.95)
   assert arm.compared == 1 and math.isnan(arm.ahead)
   assert (arm.low, arm.high) == (-math.inf, math.inf)
-  assert beta_schedule.verdict([arm]) == study.DOES_NOT_HOLD
+  assert beta_schedule.verdict([arm], 0.0) == study.DOES_NOT_HOLD
 
 
 def test_a_constant_left_out_lies_on_the_curve():
@@ -104,7 +129,7 @@ def test_a_constant_left_out_lies_on_the_curve():
   for name in ("constant 0.2", "constant 0.1"):
     rest = {n: x for n, x in curves.items() if n != name}
     arm = beta_schedule.of_arm(
-      name, curves[name], beta_schedule.curves_by_seed(rest)
+      name, curves[name], beta_schedule.curves_by_seed(rest), level=0.95
     )
     assert abs(arm.ahead) < 0.02 and arm.compared == SEEDS
 
@@ -127,13 +152,72 @@ def test_the_rule(ahead, verdict):
   assert judge(ahead) == verdict
 
 
+def test_straight_pieces_under_a_curve_are_charged():
+  """Ahead by 0.2 and 0.1, with intervals of ± 0.05 (t of 4.18 at 97.5 %)."""
+  ahead = {"linear": 0.2, "dual": 0.1}
+  assert judge(ahead, 0.04) == study.HOLDS
+  assert judge(ahead, 0.1) == "holds when β follows linear"
+  assert judge(ahead, 0.19) == study.DOES_NOT_HOLD
+  assert judge(ahead, math.nan) == study.DOES_NOT_HOLD
+
+
 def test_more_gold_for_more_kl_is_not_ahead():
   """An arm farther along the constants' own curve."""
   curves = beta_schedule.curves_by_seed(constants())
-  near = beta_schedule.of_arm("linear", moved(0.0, kl=3.0), curves)
-  far = beta_schedule.of_arm("linear", moved(0.0, kl=12.0), curves)
+  near, far = (
+    beta_schedule.of_arm("linear", moved(0.0, kl=kl), curves, level=0.95)
+    for kl in (3.0, 12.0)
+  )
   assert far.gold > near.gold + 0.5
   assert not near.low > 0 and not far.low > 0
+
+
+# The words.
+
+
+def words(ahead, *inner):
+  """The paragraph on arms with what they are ahead by, and half a width."""
+  arms = [
+    beta_schedule.Arm(
+      name, 0.5, 0.05, 3.0, 1.0, mean, mean - half, mean + half, SEEDS
+    )
+    for name, (mean, half) in ahead.items()
+  ]
+  return beta_schedule.paragraph(arms, left_out(math.nan, *inner, math.nan))
+
+
+def test_what_the_words_say():
+  said = words({"linear": (0.2, 0.1), "dual": (0.3, 0.4)}, 0.1, -0.02)
+  assert said.startswith(
+    "1 of 2 ways to move β are ahead of a constant β at the same KL by more"
+    " gold than interpolating may add (+0.04); the best is linear with +0.20"
+    " (+0.10 to +0.30). Gold"
+  )
+  assert "dual (β from 0.5 to 0.05) has 1.00 at 3.0 nats, +0.30 (-0.10" in said
+  assert "ahead of it: constant 1 by +0.10, constant 2 by -0.02;" in said
+
+
+@pytest.mark.parametrize(
+  ("ahead", "inner", "first"),
+  [
+    (
+      {"linear": (0.2, 0.1), "dual": (0.3, 0.4)},
+      (0.12,),
+      "0 of 2 ways to move β are ahead of a constant β at the same KL by more"
+      " gold than interpolating may add (+0.12); the best is dual with +0.30"
+      " (-0.10 to +0.70)",
+    ),
+    (
+      {"linear": (math.nan, math.inf)},
+      (),
+      "0 of 1 ways to move β are ahead of a constant β at the same KL by more"
+      " gold than interpolating may add (not known); none can be compared in"
+      " every seed",
+    ),
+  ],
+)
+def test_what_is_said_of_none_ahead(ahead, inner, first):
+  assert words(ahead, *inner).split(". Gold, ")[0] == first
 
 
 # The study.

@@ -1,8 +1,10 @@
 """The study of forgetting: its rule on planted figures, and a reduced run.
 
 Mutants that were tried and fail here: ends of intervals exchanged; a penalty
-that may prevent nothing; the difference of predictors turned round; mixes'
-intervals one by one; the β of the lowest gold.
+that may prevent nothing; any rest that counts as partly, or a share of a nat;
+the difference of predictors turned round; correlations over the arms of all
+seeds; mixes' intervals one by one; the β of the lowest gold; a share of what
+may be nothing.
 """
 
 import io
@@ -16,7 +18,7 @@ from scipy import stats
 from configs.studies import forgetting as config_file
 from rlhf_jax import errors
 from rlhf_jax.host import ppo_stage
-from rlhf_jax.studies import forgetting, held_out, study, toy_runs
+from rlhf_jax.studies import forgetting, held_out, intervals, study, toy_runs
 from rlhf_jax.studies.forgetting import measures as measures_lib
 from rlhf_jax.studies.forgetting import rule
 
@@ -45,9 +47,11 @@ def test_a_finding_by_hand():
   found = rule.finding(
     planted([5.0, 6.0, 7.0]),
     {0.1: planted([1.0, 2.0, 3.0], gold=2.0), 0.2: planted([9.0, 9.0, 9.0])},
-    {"nll": planted([0.0, 1.5, 1.5])},
+    {"nll": planted([0.0, 1.5, 1.5], gold=1.5)},
+    partly=0.2,
   )
   assert found.best == 0.1
+  assert found.none.mean == 6.0
   assert found.prevented == pytest.approx((4.0, 4.0, 4.0))  # Seed by seed.
   # sd 1 of three: t of 2 degrees of freedom is 4.303.
   half = 4.302653 / 3**0.5
@@ -55,12 +59,16 @@ def test_a_finding_by_hand():
   # Differences 1, 0.5, 1.5: sd 0.5.
   wanted = (1.0, 1.0 - half / 2, 1.0 + half / 2)
   assert found.further["nll"] == pytest.approx(wanted, rel=1e-6)
+  assert found.gold["nll"] == pytest.approx((-0.5, -0.5, -0.5))
+  # 1, 2, 3 less a fifth of 5, 6, 7: 0, 0.8, 1.6.
+  wanted = (0.8, 0.8 - 0.8 * half, 0.8 + 0.8 * half)
+  assert found.beyond == pytest.approx(wanted, rel=1e-6)
 
 
 def test_several_mixes_are_right_at_once():
   runs = planted([1.0, 2.0, 3.0])
   mixes = {"nll": planted([0.0, 0.0, 0.0]), "forward_kl": planted([0.0] * 3)}
-  found = rule.finding(runs, {0.1: runs}, mixes)
+  found = rule.finding(runs, {0.1: runs}, mixes, partly=0.05)
   quantile = stats.t.ppf(1 - 0.05 / 4, 2)
   assert found.further["nll"].low == pytest.approx(2 - quantile / 3**0.5)
 
@@ -76,21 +84,29 @@ def test_rank_correlations():
 
 
 def test_a_planted_predictor_is_found():
-  rng = np.random.default_rng(1)
-  rises = rng.random(24)
-  runs = [
-    rule.Figures(0.0, 0.0, rise, noise, rise**3, -rise, noise)
-    for rise, noise in zip(rises, rng.random(24))
+  rng = np.random.default_rng(2)
+  seeds = 10.0 * np.arange(4)  # Larger than what arms differ by.
+  arms = [
+    [
+      rule.Figures(0.0, 0.0, rise, noise, rise**3, shift - rise, noise)
+      for rise, noise, shift in zip(seeds + rng.random(4), rng.random(4), seeds)
+    ]
+    for _ in range(8)
   ]
-  found = {p.figure: p for p in rule.predictors(runs, resamples=400, seed=0)}
+  found = {p.figure: p for p in rule.predictors(arms)}
   assert found["forward KL, on-task"][1:] == pytest.approx((1, 1, 1))
   assert found["reverse KL, off-task"][1:] == pytest.approx((-1, -1, -1))
   noise = found["reverse KL, on-task"]
   assert noise.low < 0 < noise.high and noise.low < noise.spearman < noise.high
   assert noise[1:] == found["forward KL, off-task"][1:]
+  by_seed = [
+    stats.spearmanr([r.rise for r in runs], [r.reverse for r in runs]).statistic
+    for runs in zip(*arms)
+  ]
+  assert noise[1:] == pytest.approx(intervals.of_mean(by_seed))
   difference = found[rule.DIFFERENCE]
-  assert difference.spearman == pytest.approx(1 - noise.spearman)
-  assert difference.low > 0
+  wanted = intervals.of_mean(1 - np.array(by_seed))
+  assert difference[1:] == pytest.approx(wanted) and difference.low > 0
 
 
 # The verdict.
@@ -110,6 +126,8 @@ def test_a_planted_predictor_is_found():
     ),
     (0.2, 0.5, (0.05, 0.1), "does not hold here"),  # Reversed: it forgets more.
     (0.5, 0.5, (0.05, 0.1), "does not hold here"),  # It prevents nothing.
+    (1.0, 0.1, (0.02, 0.03), "holds"),  # A tenth is left.
+    (1.0, 0.04, (0.0, 0.0), "does not hold here"),  # A share not worth a word.
     (0.5, 0.0, (0.05, 0.1), "does not hold here"),  # It prevents all.
     (0.5, -0.1, (-0.2, -0.2), "does not hold here"),  # And more than all.
   ],
@@ -121,8 +139,52 @@ def test_the_rule(none, penalty, mixes, verdict):
     runs(none, 0),
     {0.1: runs(penalty, 1)},
     {"nll": runs(mixes[0], 2), "reverse_kl": runs(mixes[1], 3)},
+    partly=0.05,
   )
   assert rule.verdict(found, forgetting.KINDS) == verdict
+
+
+# The words.
+
+
+def words(none, penalty, mixed):
+  """The paragraph on planted rises, two arms beside the SFT policy and none."""
+  config = config_file.get_config()
+  runs = lambda mean, gold, off: planted(
+    mean + np.array([-0.02, 0.02, 0.0, 0.0]), gold, off_gold=off
+  )
+  arms = {
+    "SFT policy": runs(0.0, 0.0, 0.5),
+    "no penalty": runs(none, 1.0, 0.1),
+    "β = 0.1": runs(penalty, 2.0, 0.2),
+    "+ texts: their likelihood": runs(mixed, 1.75, 0.3),
+  }
+  _, none_runs, best, mix = arms.values()
+  found = rule.finding(none_runs, {0.1: best}, {"nll": mix}, partly=0.05)
+  return forgetting.paragraph(
+    config, found, arms, rule.predictors([none_runs, best, mix])
+  )
+
+
+def test_what_the_words_say():
+  said = words(4.0, 1.0, 0.5)
+  assert said.startswith(
+    "The NLL of texts that PPO does not see rises by 4.000 (3.974 to 4.026)"
+    " nats per token without a penalty and by 1.000 (0.974 to 1.026), 25% of"
+    " that, under β = 0.1, the best on the task; of this, general texts in the"
+    " loss take away (all at once): their likelihood 0.500 (0.500 to 0.500). P"
+  )
+  assert "is 0.800 (0.775 to 0.825) more than 5% of the rise without" in said
+  assert "it prevents 3.000 (3.000 to 3.000)." in said
+  assert "the task changes by (all at once) -0.25 (-0.25 to -0.25). G" in said
+  off = "-0.30 (-0.30 to -0.30), -0.20 (-0.20 to -0.20)."
+  assert f"with each kind of texts, by {off}" in said
+  assert "over the 3 arms of a seed, mean over 4 seeds: reverse KL" in said
+
+
+def test_a_share_of_nothing_is_not_said():
+  first, _ = words(0.0, 0.1, 0.1).split(" PPO's ")
+  assert "by 0.100 (0.074 to 0.126) under β" in first and "%" not in first
 
 
 # The study.
@@ -228,7 +290,8 @@ def test_resume_does_no_run_again(workdir, monkeypatch):
       "config.off: ('person',); wanted different ones of determiner, pronoun",
     ),
     ("prompts=1", "config.prompts: 1; wanted at least 2"),
-    ("resamples=1", "config.resamples: 1; wanted at least 10"),
+    ("partly=0.0", "config.partly: 0.0; wanted above 0 and below 1"),
+    ("partly=1.0", "config.partly: 1.0; wanted above 0 and below 1"),
     (
       "training.data.opening=verb",
       "config.training.data.opening: 'verb'; wanted one of determiner, pronoun",

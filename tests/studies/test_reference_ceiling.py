@@ -3,7 +3,8 @@
 Mutants that were tried and fail here: slopes that are not divided by the golds'
 squares; the slope's change taken on by once the last steps; first steps in
 place of those before the last; a loosening judged by its interval's other end;
-ranks, or where the slope leads, left out of the rule; a NaN that counts.
+ranks, or where the slope leads, left out of the rule; a NaN that counts; shares
+for percentage points; a fifth β that the figure leaves out.
 """
 
 import json
@@ -18,6 +19,7 @@ from rlhf_jax import errors
 from rlhf_jax.host import stages
 from rlhf_jax.studies import intervals, reference_ceiling, study, toy_runs
 from rlhf_jax.studies.reference_ceiling import arms as arms_lib
+from rlhf_jax.studies.reference_ceiling import figure as figure_lib
 
 GOLDS = (-10.0, -6.0, -3.0, -1.0, 0.0)
 REFERENCES = [
@@ -151,6 +153,57 @@ def test_nan_is_no_evidence():
   assert reference_ceiling.verdict(slopes, bad) == study.DOES_NOT_HOLD
   nans = [s._replace(low=math.nan) for s in slopes]
   assert reference_ceiling.verdict(nans, loosening) == study.DOES_NOT_HOLD
+
+
+# The words, and the figure.
+
+
+def arms_of(curves):
+  return [
+    arms_lib.of_arm(
+      reference, beta, curves[reference.sft_steps, beta], last=LAST
+    )
+    for beta in sorted({beta for _, beta in curves})
+    for reference in REFERENCES
+  ]
+
+
+def test_what_the_words_say():
+  curves = planted({0.05: 0.2, 1.0: 0.9}, noise=0.0)
+  curves[25, 0.05].gold[:, LAST:] += [[0.1], [0.2], [0.3]]
+  slopes, loosening, _ = judge(curves)
+  config = config_file.get_config()
+  said = reference_ceiling.paragraph(
+    config, REFERENCES, arms_of(curves), slopes, loosening
+  )
+  # The middle one is 1 above the mean gold, −4, and ends 0.2 higher: that is
+  # 0.2 / 66 of a share, 66 being the squares.
+  assert said.startswith(
+    "Of a difference in gold between references 60 steps of PPO leave 20% (20%"
+    " to 21%) under β = 0.05, 90% (90% to 90%) under β = 1: +70 percentage"
+    " points (+69 to +70) from the smallest β to the largest. The"
+  )
+  # 1 + 0.2 · −10 and 1; 1 + 0.9 · −10 and 1.
+  assert (
+    "fewest (10) and of most (300) steps of SFT, of 5, have gold of -10.00 and"
+    " 0.00; from these PPO ends at β = 0.05: -1.00 and 1.00; β = 1: -8.00 and"
+    " 1.00." in said
+  )
+  late = intervals.of_mean([0.1, 0.2, 0.3])
+  assert (
+    "Of the 10 arms' golds the one of 25 steps of SFT under β = 0.05 rose most"
+    f" in these steps: +0.20 ({late.low:+.2f} to {late.high:+.2f})." in said
+  )
+
+
+def test_no_beta_is_left_out_of_the_figure():
+  curves = planted({0.01: 0.1, 0.05: 0.2, 0.2: 0.5, 1.0: 0.9, 5.0: 1.0})
+  figure = figure_lib.draw(REFERENCES, arms_of(curves), curves)
+  left, right = figure.axes
+  _, names = left.get_legend_handles_labels()
+  assert names == ["no gain", *(f"β = {b:g}" for b in (0.01, 0.05, 0.2, 1, 5))]
+  colours = {tuple(line.get_color()) for line in right.get_lines()}
+  assert len(right.get_lines()) == 2 * len(colours) == 10
 
 
 # The study.

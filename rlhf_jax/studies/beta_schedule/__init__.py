@@ -8,12 +8,14 @@ run is ahead by is its gold less that of its seed's constants at its own KL.
 
 Between constants the curve is a straight line in √KL: gold is nearly so where
 little has been spent (Gao et al. 2022, arXiv:2210.10760), and a line in KL
-would run below it. What the interpolation itself is off by is measured, too:
-each inner constant is compared with a curve that leaves it out, which is
-coarser than the one that the others are compared with.
+would run below it. Straight pieces run below a curve that bends down all the
+same. By how much is measured: each inner constant is compared with a curve that
+leaves it out. What these are ahead by on average is charged to every arm, which
+is strict, for that curve is coarser than the arms'.
 
 A run whose KL is beyond its seed's constants is compared with nothing, and its
-arm then counts as not ahead. Intervals are Student's, over seeds.
+arm then counts as not ahead. Intervals are Student's, over seeds, and right for
+all arms at once (Bonferroni), as one arm that is ahead is enough.
 """
 
 from collections.abc import Mapping
@@ -51,7 +53,7 @@ class Runs(NamedTuple):
 
 
 class Arm(NamedTuple):
-  """An arm's means over seeds; `ahead` of the constants, 95 % interval."""
+  """An arm's means over seeds; `ahead` of the constants, with its interval."""
 
   arm: str
   beta_first: float
@@ -117,14 +119,19 @@ def run(
   constants = {n: r for n, r in runs.items() if n.startswith("constant")}
   moved = {n: r for n, r in runs.items() if n not in constants}
   curves = curves_by_seed(constants)
-  arms = [of_arm(n, r, curves) for n, r in moved.items()]
+  arms = of_arms(moved, curves)
   left_out = [
-    of_arm(n, r, curves_by_seed({m: x for m, x in constants.items() if m != n}))
-    for n, r in constants.items()
+    of_arm(
+      name,
+      left,
+      curves_by_seed({n: r for n, r in constants.items() if n != name}),
+      level=_level(len(moved)),
+    )
+    for name, left in constants.items()
   ]
   return study.Outcome(
-    verdict=verdict(arms),
-    paragraph=_paragraph(config, arms, left_out),
+    verdict=verdict(arms, bias(left_out)),
+    paragraph=paragraph(arms, left_out),
     tables=_tables(config, arms, left_out, runs, begun.gold),
     figure=figure_lib.draw(constants, moved, [*arms, *left_out]),
   )
@@ -159,13 +166,19 @@ def ahead(runs: Runs, curves: list[Curve]) -> np.ndarray:
   return runs.gold - np.array(at)
 
 
-def of_arm(name: str, runs: Runs, curves: list[Curve]) -> Arm:
+def of_arms(moved: Mapping[str, Runs], curves: list[Curve]) -> list[Arm]:
+  """The arms, with intervals that are right at once."""
+  level = _level(len(moved))
+  return [of_arm(n, runs, curves, level=level) for n, runs in moved.items()]
+
+
+def of_arm(name: str, runs: Runs, curves: list[Curve], *, level: float) -> Arm:
   """An arm against the constants; all its seeds must be comparable."""
   by_seed = ahead(runs, curves)
   compared = int(np.isfinite(by_seed).sum())
   interval = intervals.Interval(math.nan, -math.inf, math.inf)
   if compared == len(by_seed):
-    interval = intervals.of_mean(by_seed)
+    interval = intervals.of_mean(by_seed, level=level)
   return Arm(
     name,
     float(runs.betas[:, 0].mean()),
@@ -177,9 +190,21 @@ def of_arm(name: str, runs: Runs, curves: list[Curve]) -> Arm:
   )
 
 
-def verdict(arms: list[Arm]) -> str:
-  """The rule: the interval of what an arm is ahead by lies above 0."""
-  return study.verdict({arm.arm: arm.low > 0 for arm in arms}, "β follows")
+def bias(left_out: list[Arm]) -> float:
+  """What interpolating puts an arm ahead by; not below 0.
+
+  NaN where no constant lies within the others in every seed.
+  """
+  inner = [arm.ahead for arm in left_out if math.isfinite(arm.ahead)]
+  return max(0.0, float(np.mean(inner))) if inner else math.nan
+
+
+def verdict(arms: list[Arm], bias: float) -> str:
+  """The rule: the interval of what an arm is ahead by lies above the bias.
+
+  Where the bias is not known, no arm's does.
+  """
+  return study.verdict({arm.arm: arm.low > bias for arm in arms}, "β follows")
 
 
 def sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -210,13 +235,15 @@ def _tables(
       f"Means over {config.seeds} seeds: β at the first and at the last step;"
       f" KL, nats per response, and gold reward over the last {last} of {steps}"
       f" steps (the SFT policy's gold: {start:.2f}); gold ahead of constant β"
-      " at the same KL, with its 95 % interval; seeds that can be compared",
+      " at the same KL, with its interval, 95 % for all arms at once; seeds"
+      " that can be compared",
       Arm._fields,
       arms,
     ),
     "left_out": study.Table(
       "The constants, each against a curve without it: what interpolating is"
-      " off by; the first and the last have no curve",
+      " off by, with intervals of the same level; the first and the last have"
+      " no curve",
       Arm._fields,
       left_out,
     ),
@@ -233,24 +260,45 @@ def _tables(
   }
 
 
-def _paragraph(config: ConfigDict, arms: list[Arm], left_out: list[Arm]) -> str:
+def paragraph(arms: list[Arm], left_out: list[Arm]) -> str:
+  """How many arms are ahead, the best one; then each, and the bias."""
+  off = bias(left_out)
+  is_ahead = lambda arm: arm.low > off
+  comparable = [arm for arm in arms if math.isfinite(arm.ahead)]
+  best = "none can be compared in every seed"
+  if comparable:
+    arm = max(comparable, key=lambda arm: (is_ahead(arm), arm.ahead))
+    best = f"the best is {arm.arm} with {_ahead(arm)}"
   each = "; ".join(
     f"{arm.arm} (β from {arm.beta_first:.2g} to {arm.beta:.2g}) has"
     f" {arm.gold:.2f} at {arm.kl:.1f} nats, "
     + (
-      f"{arm.ahead:+.2f} ({arm.low:+.2f} to {arm.high:+.2f})"
-      if arm.compared == config.seeds
-      else f"within the constants' KL in {arm.compared} of {config.seeds} seeds"
+      _ahead(arm)
+      if arm in comparable
+      else f"in {arm.compared} seeds within the constants' KL"
     )
     for arm in arms
   )
-  inner = [arm for arm in left_out if arm.compared == config.seeds]
-  off = "; ".join(
-    f"{arm.arm}: {arm.ahead:+.2f} ({arm.low:+.2f} to {arm.high:+.2f})"
-    for arm in inner
+  inner = ", ".join(
+    f"{arm.arm} by {arm.ahead:+.2f}"
+    for arm in left_out
+    if math.isfinite(arm.ahead)
   )
   return (
-    "Gold reward, and what it is ahead of a constant β at the same KL:"
-    f" {each}. Interpolation alone puts a constant that is left out of the"
-    f" curve ahead by: {off or 'none lies within the others in every seed'}."
+    f"{sum(map(is_ahead, arms))} of {len(arms)} ways to move β are ahead of a"
+    " constant β at the same KL by more gold than interpolating may add"
+    f" ({'not known' if math.isnan(off) else f'{off:+.2f}'}); {best}. Gold, and"
+    " what it is ahead by, with intervals that hold at 95 % for all at once:"
+    f" {each}. Left out of the curve, constants are ahead of it:"
+    f" {inner or 'none lies within the others in every seed'}; the mean of"
+    " this, where it is above 0, is what interpolating may add."
   )
+
+
+def _ahead(arm: Arm) -> str:
+  return f"{arm.ahead:+.2f} ({arm.low:+.2f} to {arm.high:+.2f})"
+
+
+def _level(arms: int) -> float:
+  """Of each interval, for 95 % in all of them."""
+  return 1 - 0.05 / arms

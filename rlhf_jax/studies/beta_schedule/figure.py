@@ -77,4 +77,6 @@ def _ahead(axis, arms, moved) -> None:
   axis.set_yticks(range(len(arms)), [arm.arm for arm in arms])
   axis.invert_yaxis()
   axis.set_title("Gold ahead of constant β at the same KL", fontsize=10)
-  axis.set_xlabel("gold reward, 95 % interval\ngrey: constants, left out")
+  axis.set_xlabel(
+    "gold reward, 95 % for all arms at once\ngrey: constants, left out"
+  )

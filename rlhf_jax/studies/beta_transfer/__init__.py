@@ -4,7 +4,8 @@ Tasks are the built-in languages, each with an SFT policy, a judge and a reward
 model of its own: they differ in vocabulary, in length and in how much noise
 their rewards have. On each, PPO under the same β and seeds, in one sweep. The
 best β of every other task is among them; its KL at the end, in nats per
-response, is the target that the PI controller then holds on this task.
+response, is the target that the PI controller then seeks on this task. Such a
+run begins at that same β: what it gains over β alone is the target's doing.
 
 How a target in nats per token would have done is read off the sweep: gold
 where its KL is that of the target. The same reading for the targets that were
@@ -17,7 +18,7 @@ from rich import console as rich_console
 
 from rlhf_jax.host import rules
 from rlhf_jax.host import workdir as workdir_lib
-from rlhf_jax.studies import study, toy_runs
+from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.beta_transfer import arms
 from rlhf_jax.studies.beta_transfer import figure as figure_lib
 
@@ -26,6 +27,7 @@ _FIXED = {
   "data.language": "reviews",
   "data.judge_temperature": 1.0,
   "kl.controller": "fixed",
+  "kl.beta": 0.05,
   "kl.target": 0.0,
   "sweep.seeds": (),
 }
@@ -61,12 +63,16 @@ def check(config: ConfigDict) -> None:
     ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
     (f"1 to training.train.steps={steps}", lambda x: 1 <= x <= steps, "last"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "fails"),
+    ("above 0 and below 1", lambda x: 0 < x < 1, "held"),
   ):
     study.require(config, wanted, holds, *fields.split())
   runs = {}
   for name, training in _trainings(config).items():
     runs[name] = _sweep(config, training)
-    runs[f"{name} to a target"] = _towards(config, training, 1.0)
+    for beta in (config.betas[0], config.betas[-1]):
+      runs[f"{name} to a target from β = {beta:g}"] = _towards(
+        config, training, beta, 1.0
+      )
   toy_runs.check(config, runs, _FIXED)
 
 
@@ -88,7 +94,9 @@ def run(
   transfers = []
   for task in tasks:
     for source in (other for other in tasks if other.name != task.name):
-      training = _towards(config, trainings[task.name], source.target)
+      training = _towards(
+        config, trainings[task.name], source.best_beta, source.target
+      )
       path = toy_runs.made(
         f"{task.name}/target-of-{source.name}",
         toy_runs.from_start(training, starts[task.name]),
@@ -100,8 +108,10 @@ def run(
       transfers.append(arms.transfer_of(source, task, gold[0], kl[0]))
   regrets = arms.regrets_of(transfers)
   return study.Outcome(
-    verdict=arms.verdict(tasks, regrets, fails=config.fails),
-    paragraph=_paragraph(config, tasks, transfers, regrets),
+    verdict=arms.verdict(
+      transfers, regrets, fails=config.fails, held=config.held
+    ),
+    paragraph=paragraph(config, tasks, transfers, regrets),
     tables=_tables(config, tasks, transfers),
     figure=figure_lib.draw(config, tasks, transfers, regrets),
   )
@@ -154,10 +164,11 @@ def _sweep(config: ConfigDict, training: ConfigDict) -> ConfigDict:
 
 
 def _towards(
-  config: ConfigDict, training: ConfigDict, target: float
+  config: ConfigDict, training: ConfigDict, beta: float, target: float
 ) -> ConfigDict:
-  """A run for each seed, held at a KL in nats per response."""
+  """A run for each seed, from a β to a KL in nats per response."""
   fields = {
+    "kl.beta": beta,
     "kl.controller": "pi",
     "kl.target": target,
     "sweep.seeds": _seeds(config),
@@ -184,7 +195,7 @@ def _tables(
         (
           task.name,
           task.start,
-          task.betas[task.best],
+          task.best_beta,
           mean(task.gold[task.best]),
           mean(task.tokens[task.best]),
           mean(task.kl[task.best]),
@@ -197,7 +208,7 @@ def _tables(
       "What is best on one task, on another: the target and the KL that was"
       " reached, nats per response; regrets, shares of the task's gain, of β,"
       " of the target, of the target as the front has it, and of that in nats"
-      f" per token: {over}",
+      f" per token: {over}; no regret where the seeds show no gain",
       (
         *("from", "to", "β", "target", "reached"),
         *("of β", "of target", "by front", "per token"),
@@ -227,27 +238,51 @@ def _tables(
   }
 
 
-def _paragraph(
+def paragraph(
   config: ConfigDict,
   tasks: list[arms.Task],
   transfers: list[arms.Transfer],
   regrets: arms.Regrets,
 ) -> str:
+  """The regrets, or which task has no gain to lose; how targets were held."""
   bests = ", ".join(
-    f"{task.betas[task.best]:g} on {task.name} ({task.target:.3g} nats per"
+    f"{task.best_beta:g} on {task.name} ({task.target:.3g} nats per"
     f" response, {task.per_token:.2g} per token)"
     for task in tasks
   )
+  reached = [t.reached for t in transfers]
+  share = f"{config.held:.0%}"
+  held = (
+    f"the KLs reached are {min(reached):.2f} to {max(reached):.2f} of the"
+    " targets, "
+    + (
+      f"all within {share}"
+      if arms.are_held(transfers, config.held)
+      else f"not all within {share}, and so no test of them"
+    )
+  )
+  without = [task for task in tasks if not task.has_gain]
+  if without:
+    gains = ", ".join(
+      f"{intervals.of_mean(task.gains)} on {task.name}" for task in without
+    )
+    return (
+      "The claim has no test, for the seeds do not show that there is gold to"
+      f" be lost: PPO under a task's own β gains {gains}. The best β are"
+      f" {bests}. {held[0].upper()}{held[1:]}."
+    )
   worst = max(transfers, key=lambda t: float(t.of_beta.mean()))
   off = max(abs(float((t.of_target - t.of_front).mean())) for t in transfers)
   return (
     f"A β from another task loses {regrets.beta} of a task's gain in gold, a"
-    f" KL target in nats per response {regrets.target}: it saves"
-    f" {regrets.saved}. The best β are {bests}. Worst is β = {worst.beta:g} of"
-    f" {worst.source} on {worst.task}: {worst.of_beta.mean():.2f}, its target"
-    f" {worst.of_target.mean():.2f}. Read off the sweeps, a target in nats per"
-    f" token would lose {regrets.tokens} and save {regrets.saved_by_tokens}; so"
-    f" read, the targets that were held are off by at most {off:.2f}."
-    f" Shares of the gain, means over {len(transfers)} pairs of tasks with 95 %"
-    f" intervals over {config.seeds} seeds."
+    f" KL target in nats per response {regrets.target}, which is"
+    f" {regrets.saved} less; {held}. The best β are {bests}. Worst is"
+    f" β = {worst.beta:g} of {worst.source} on {worst.task}:"
+    f" {worst.of_beta.mean():.2f}, its target {worst.of_target.mean():.2f}."
+    " Read off the sweeps, a target in nats per token would lose"
+    f" {regrets.tokens}, which is {regrets.saved_by_tokens} less than a β; so"
+    " read, the targets that were sought are off by at most"
+    f" {off:.2f}. Shares of the gain, means over {len(transfers)} pairs of"
+    f" tasks with 95 % intervals over {config.seeds} seeds; KLs reached are"
+    " means over the seeds."
   )

@@ -47,7 +47,7 @@ def _golds(
   axis.axhline(task.start, color="0.6", linewidth=0.8, linestyle=":")
   for place, (other, colour) in enumerate(zip(tasks, _TASKS)):
     axis.plot(
-      other.betas[other.best],
+      other.best_beta,
       0.03 + 0.06 * place,  # Of the height: tasks with one best β are stacked.
       marker="^",
       color=colour,

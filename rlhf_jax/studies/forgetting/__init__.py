@@ -56,7 +56,7 @@ def check(config: ConfigDict) -> None:
     (f"one of {', '.join(_OPENINGS)}", _OPENINGS.__contains__, _TASK),
     (f"different ones of {', '.join(others)}", _some_of(others), "off"),
     ("at least 2", lambda x: x >= 2, "prompts"),
-    ("at least 10", lambda x: x >= 10, "resamples"),
+    ("above 0 and below 1", lambda x: 0 < x < 1, "partly"),
   ):
     study.require(config, wanted, holds, field)
   toy_runs.check(config, _sweeps(config, config.betas[-1]), _FIELDS)
@@ -92,21 +92,20 @@ def run(
   best = rule.best_beta(penalised)
   mixes = {kind: asked(of(kind, best))[0] for kind in config.mixes}
   arms = {"SFT policy": start, "no penalty": none}
-  arms |= {f"β = {beta:g}": runs for beta, runs in penalised.items()}
-  arms |= {f"+ texts: {KINDS[kind]}": runs for kind, runs in mixes.items()}
-  trained = [run for runs in list(arms.values())[1:] for run in runs]
-  found = rule.finding(none, penalised, mixes)
-  predictors = rule.predictors(
-    trained, resamples=config.resamples, seed=config.seed
-  )
+  arms |= {_beta_arm(beta): runs for beta, runs in penalised.items()}
+  arms |= {_mix_arm(kind): runs for kind, runs in mixes.items()}
+  trained = [none, *penalised.values(), *mixes.values()]
+  found = rule.finding(none, penalised, mixes, partly=config.partly)
+  predictors = rule.predictors(trained)
   return study.Outcome(
     verdict=rule.verdict(found, KINDS),
-    paragraph=_paragraph(config, found, arms, mixes, predictors),
+    paragraph=paragraph(config, found, arms, predictors),
     tables={
       **_means_tables(config, arms, none, best),
       "predictors": study.Table(
-        "What predicts forgetting: Spearman's correlation over"
-        f" {len(trained)} runs, with 95 % bootstrap intervals",
+        "What predicts forgetting: Spearman's correlation over the"
+        f" {len(trained)} arms of a seed; means over {config.seeds} seeds with"
+        " 95 % intervals",
         rule.Predictor._fields,
         predictors,
       ),
@@ -117,6 +116,14 @@ def run(
 
 
 _TASK, _PENALTY = "training.data.opening", "penalty"
+
+
+def _beta_arm(beta: float) -> str:
+  return f"β = {beta:g}"
+
+
+def _mix_arm(kind: str) -> str:
+  return f"+ texts: {KINDS[kind]}"
 
 
 def _some_of(names):
@@ -194,30 +201,44 @@ def _runs_table(config, arms: Arms) -> study.Table:
   )
 
 
-def _paragraph(config, found: rule.Finding, arms: Arms, mixes, predictors):
-  gold = lambda runs: rule.column(runs, "gold")
-  off = lambda runs: f"{rule.column(runs, 'off_gold').mean():.2f}"
-  best = arms[f"β = {found.best:g}"]
-  more = "; ".join(
-    f"{KINDS[kind]} {_fine(interval)}, for"
-    f" {intervals.of_difference(gold(mixes[kind]), gold(best))} gold"
-    for kind, interval in found.further.items()
+def paragraph(
+  config: ConfigDict,
+  found: rule.Finding,
+  arms: Arms,
+  predictors: Sequence[rule.Predictor],
+) -> str:
+  """The finding in words; no conclusion but what the figures say."""
+  share = (
+    f", {found.left.mean / found.none.mean:.0%} of that,"
+    if found.none.low > 0
+    else ""
   )
-  on, difference = predictors[:2], predictors[-1]
+  further = ", ".join(
+    f"{KINDS[kind]} {_fine(less)}" for kind, less in found.further.items()
+  )
+  gold = ", ".join(str(more) for more in found.gold.values())
+  off_gold = lambda name: rule.column(arms[name], "off_gold")
+  off = ", ".join(
+    str(intervals.of_difference(off_gold(name), off_gold("SFT policy")))
+    for name in (_beta_arm(found.best), *map(_mix_arm, found.further))
+  )
+  reverse, forward, *_, difference = predictors
   ranks = "; ".join(
-    f"{p.figure} {p.spearman:.2f} ({p.low:.2f} to {p.high:.2f})" for p in on
+    f"{p.figure} {p.spearman:.2f} ({p.low:.2f} to {p.high:.2f})"
+    for p in (reverse, forward)
   )
-  none = intervals.of_mean(rule.column(arms["no penalty"], "rise"))
   return (
-    f"PPO on prompts that begin with a {config.training.data.opening} raises"
-    f" the NLL of other texts by {_fine(none)} nats per token without a"
-    f" penalty; the β with the best gold on the task, {found.best:g}, prevents"
-    f" {_fine(found.prevented)} of it and leaves {_fine(found.left)}. With"
-    f" general texts in the loss beside it there is less: by {more}. Part of"
-    " it is the reward's lesson, carried over: gold off the task is"
-    f" {off(arms['SFT policy'])} before PPO, {off(best)} after, and with the"
-    f" texts {', '.join(map(off, mixes.values()))}. Rank correlation with"
-    f" forgetting: {ranks}; the second less the first:"
-    f" {difference.spearman:+.2f} ({difference.low:+.2f} to"
-    f" {difference.high:+.2f})."
+    f"The NLL of texts that PPO does not see rises by {_fine(found.none)} nats"
+    f" per token without a penalty and by {_fine(found.left)}{share} under"
+    f" β = {found.best:g}, the best on the task; of this, general texts in the"
+    f" loss take away (all at once): {further}. PPO's prompts begin with a"
+    f" {config.training.data.opening}. What the penalty leaves is"
+    f" {_fine(found.beyond)} more than {config.partly:.0%} of the rise without"
+    f" it; it prevents {_fine(found.prevented)}. With the texts, in this order,"
+    f" gold on the task changes by (all at once) {gold}. Gold off the task"
+    " changes from the SFT policy's, under that penalty alone and with each"
+    f" kind of texts, by {off}. Spearman's correlation with forgetting over the"
+    f" {len(arms) - 1} arms of a seed, mean over {config.seeds} seeds: {ranks};"
+    f" the second less the first: {difference.spearman:+.2f}"
+    f" ({difference.low:+.2f} to {difference.high:+.2f})."
   )

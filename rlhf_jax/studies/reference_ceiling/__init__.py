@@ -3,7 +3,8 @@
 One SFT stopped after several numbers of steps gives references from nearly
 random to converged. PPO begins at each of them, with the penalty towards it,
 under every β and seed. One reward model pays them all: trained and normalised
-on the best reference's responses, so that a β is the same price everywhere.
+on the responses of the one of most steps, so that a β is the same price
+everywhere.
 
 For each β and seed a line is fitted to gold at the end against the reference's
 own gold. Its slope is the share of the references' differences that RL leaves:
@@ -93,7 +94,7 @@ def run(
   )
   return study.Outcome(
     verdict=verdict(slopes, loosening),
-    paragraph=_paragraph(config, references, arms, slopes, loosening),
+    paragraph=paragraph(config, references, arms, slopes, loosening),
     tables=_tables(config, references, arms, slopes),
     figure=figure_lib.draw(references, arms, curves),
   )
@@ -160,43 +161,49 @@ def _tables(
   }
 
 
-def _paragraph(
+def paragraph(
   config: ConfigDict,
   references: list[arms_lib.Reference],
   arms: list[arms_lib.Arm],
   slopes: list[arms_lib.Slope],
   loosening: intervals.Interval,
 ) -> str:
-  worst, best = references[0], references[-1]
+  """What is left of the references' differences; then where PPO ended."""
+  fewest, most = references[0], references[-1]
   of = {(arm.sft_steps, arm.beta): arm for arm in arms}
-  ends = "; ".join(
-    f"β = {s.beta:g}: {of[worst.sft_steps, s.beta].gold:.2f} and"
-    f" {of[best.sft_steps, s.beta].gold:.2f}, {s.slope:.0%} ({s.low:.0%} to"
-    f" {s.high:.0%})"
+  pairs = {
+    s.beta: (of[fewest.sft_steps, s.beta], of[most.sft_steps, s.beta])
     for s in slopes
+  }
+  left = ", ".join(
+    f"{s.slope:.0%} ({s.low:.0%} to {s.high:.0%}) under β = {s.beta:g}"
+    for s in slopes
+  )
+  more, low, high = (f"{100 * x:+.0f}" for x in loosening)
+  ends = "; ".join(
+    f"β = {beta:g}: {first.gold:.2f} and {last.gold:.2f}"
+    for beta, (first, last) in pairs.items()
   )
   paid = "; ".join(
-    f"β = {s.beta:g}: {of[worst.sft_steps, s.beta].score:.2f} and"
-    f" {of[best.sft_steps, s.beta].score:.2f}"
-    for s in slopes
+    f"β = {beta:g}: {first.score:.2f} and {last.score:.2f}"
+    for beta, (first, last) in pairs.items()
   )
-  rising = max(arms, key=lambda arm: arm.late)
   later = ", ".join(
-    f"{s.projected:.0%} (at least {s.projected_low:.0%})" for s in slopes
+    f"{s.projected:.0%} (low end {s.projected_low:.0%})" for s in slopes
   )
+  late = max(arms, key=lambda arm: arm.late)
   return (
-    f"{len(references)} references have gold of {worst.gold:.2f}"
-    f" ({worst.sft_steps} steps of SFT) to {best.gold:.2f} ({best.sft_steps})."
-    f" After {config.training.train.steps} steps of PPO the worst and the best"
-    f" are at, and of a difference between references is left: {ends}. From"
-    f" β = {slopes[0].beta:g} to {slopes[-1].beta:g} that share grows by"
-    f" {loosening.mean:.0%} ({loosening.low:.0%} to {loosening.high:.0%}). If"
-    " the shares went on as they changed in the last"
+    "Of a difference in gold between references"
+    f" {config.training.train.steps} steps of PPO leave {left}: {more}"
+    f" percentage points ({low} to {high}) from the smallest β to the largest."
+    f" The references of fewest ({fewest.sft_steps}) and of most"
+    f" ({most.sft_steps}) steps of SFT, of {len(references)}, have gold of"
+    f" {fewest.gold:.2f} and {most.gold:.2f}; from these PPO ends at {ends}."
+    " If the shares went on as they changed in the last"
     f" {config.last} steps for as many steps again as have been trained, they"
-    f" would be {later}. Most, by {rising.late:+.2f} in these steps"
-    f" ({rising.late_low:+.2f} to {rising.late_high:+.2f}), gold still rises"
-    f" from the reference of {rising.sft_steps} steps under"
-    f" β = {rising.beta:g}. The reward model's score, which is what is paid,"
-    f" ends from the worst and the best at, {paid}: what it does not see is"
-    " left to the reference."
+    f" would be {later}. Of the {len(arms)} arms' golds the one of"
+    f" {late.sft_steps} steps of SFT under β = {late.beta:g} rose most in these"
+    f" steps: {late.late:+.2f} ({late.late_low:+.2f} to {late.late_high:+.2f})."
+    " The reward model's score, which is what is paid, ends from the same two"
+    f" references at {paid}."
   )

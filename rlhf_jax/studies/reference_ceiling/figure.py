@@ -1,13 +1,12 @@
 """The figure of `reference_ceiling`."""
 
 from matplotlib import axes as matplotlib_axes
+from matplotlib import colormaps
 from matplotlib import figure as matplotlib_figure
+import numpy as np
 
 from rlhf_jax.studies import toy_runs
 from rlhf_jax.studies.reference_ceiling import arms as arms_lib
-
-_COLOURS = ("tab:orange", "tab:purple", "tab:blue", "tab:gray")
-_MARKERS = ("o", "s", "^", "D")
 
 
 def draw(
@@ -15,13 +14,14 @@ def draw(
   arms: list[arms_lib.Arm],
   curves: dict[tuple[int, float], arms_lib.Curves],
 ) -> matplotlib_figure.Figure:
-  """Gold at the end against the reference's; how the worst one got there."""
+  """Gold at the end against the reference's; how two of them got there."""
   figure = matplotlib_figure.Figure(figsize=(11, 4.4), layout="constrained")
   left, right = figure.subplots(1, 2)
   golds = [reference.gold for reference in references]
   left.plot(golds, golds, color="0.6", linestyle="--", label="no gain")
-  betas = dict.fromkeys(arm.beta for arm in arms)
-  for beta, colour, marker in zip(betas, _COLOURS, _MARKERS):
+  betas = [*dict.fromkeys(arm.beta for arm in arms)]
+  colours = colormaps["viridis"](np.linspace(0.0, 0.9, len(betas)))
+  for beta, colour in zip(betas, colours):
     mine = [arm for arm in arms if arm.beta == beta]
     errors = [
       [arm.gold - arm.low for arm in mine],
@@ -32,7 +32,7 @@ def draw(
       [arm.gold for arm in mine],
       errors,
       color=colour,
-      marker=marker,
+      marker="o",
       capsize=3,
       label=f"β = {beta:g}",
     )
@@ -42,7 +42,7 @@ def draw(
   left.set_ylabel("gold reward at the end")
   left.legend(frameon=False, fontsize=9)
   right.set_title(
-    "On the way: best reference (solid), worst (dashed)", fontsize=10
+    "On the way: most steps of SFT (solid), fewest (dashed)", fontsize=10
   )
   right.set_xlabel("step")
   right.set_ylabel("gold reward, mean of 5 steps and all seeds")
@@ -56,9 +56,9 @@ def _curves(
   references: list[arms_lib.Reference],
   curves: dict[tuple[int, float], arms_lib.Curves],
   beta: float,
-  colour: str,
+  colour: np.ndarray,
 ) -> None:
-  """The best and the worst reference's gold, smoothed over five steps."""
+  """Gold from most and from fewest steps of SFT, smoothed over five steps."""
   for reference, style in ((references[-1], "-"), (references[0], "--")):
     mean = curves[reference.sft_steps, beta].gold.mean(axis=0)
     axis.plot(toy_runs.trailing_mean(mean, 5), color=colour, linestyle=style)
