@@ -220,11 +220,16 @@ def ways(
     last = lambda x: x[-config.last :].mean(0)
     shares = last(reached)
     has_prediction = algorithm in RIGHT and algorithm != DPO
+    mean, low, high = intervals.of_mean(shares)
+    gradient, estimator = penalty
     arm = Arm(
       algorithm,
-      *penalty,
+      gradient,
+      estimator,
       beta,
-      *intervals.of_mean(shares),
+      reached=mean,
+      low=low,
+      high=high,
       predicted=predicted[penalty, beta] if has_prediction else None,
       to_optimum=float(np.median(last(optimum))),
       to_reference=float(np.median(last(reference))),
