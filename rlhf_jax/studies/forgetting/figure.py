@@ -74,7 +74,8 @@ def _frontier(
     )  # fmt: skip
     if is_beta:
       axis.annotate(
-        name, tuple(np.mean(of(name), axis=1)), (8, 4), fontsize=8,
+        name, tuple(np.mean(of(name), axis=1)), (8, 4 - 14 * (place % 2)),
+        fontsize=8,
         textcoords="offset points",
       )  # fmt: skip
   axis.set_title("Won on the task, forgotten beside it", fontsize=11)
