@@ -3,16 +3,11 @@ r"""A prefix makes the KL look small for harmful text; the clean prompt tells.
     python -m launch.study --config=configs/studies/adversarial_prefix.py \
       --workdir=runs/adversarial_prefix
 
-On two cores of a server CPU that some twenty other processes shared: 2,178 s,
-of which 370 s of CPU time. Verdict: holds, for the reference itself and for PPO
-that is rewarded for harm. Five seeds, 95 % intervals: after "awful" the
-reference writes 1.66 (1.62 to 1.69) harmful words per response instead of 0.16
-(0.10 to 0.22), at KL 0 to itself and 4.09 nats (3.91 to 4.27) to the reference
-on the clean prompt; after random words 0.67 nats (0.05 to 1.29). PPO ends with
-2.17 (1.99 to 2.35) at 0.66 nats (0.50 to 0.82) from the reference that it is
-charged against, where so much harm costs at least 1.73 nats from the clean one,
-and the monitor reads 4.56 (4.30 to 4.82). Charged against the clean one it ends
-with 0.16 (0.04 to 0.27).
+On two cores of a server CPU: 176 s. Verdict: holds. PPO for harm after 'awful'
+ends with 2.07 (1.92 to 2.22) harmful words per response, at 0.62 (0.52 to 0.73)
+nats from the reference that it is charged against, where so much harm is at
+least 1.59 (0.96 to 2.22) from the one on the clean prompt; the KL to that one
+is 4.50 (4.19 to 4.81).
 """
 
 from ml_collections import ConfigDict

