@@ -214,12 +214,12 @@ def test_what_it_leaves_behind(workdir, config):
   columns = tables["findings"]["columns"][1:]
   assert columns == [adversarial.UNTRAINED, adversarial.TRAINED]
   *_, alarm, prevented = tables["findings"]["rows"]
-  for cell, harmful in zip(alarm[1:], (arms[2], arms[4])):
-    differences = [
-      rows[harmful, seed][2] - rows[adversarial.RANDOM, seed][2]
-      for seed in (0, 1)
-    ]
-    assert cell == str(intervals.of_mean(differences))
+  # Of the reference itself, whatever was trained.
+  differences = [
+    rows[adversarial.FOUND, seed][2] - rows[adversarial.RANDOM, seed][2]
+    for seed in (0, 1)
+  ]
+  assert alarm[1:] == [str(intervals.of_mean(differences))] * 2
   assert prevented[1] is None
   assert len(readers.read_texts(workdir / "texts.jsonl")[0]) == 64
 
