@@ -266,6 +266,8 @@ def test_a_sweep_goes_on_in_the_chunks_that_it_began_with(
     path = workdir / f"beta={beta:g}"
     assert [row["step"] for row in rows(path)] == [0, 1]
     assert read(path / "summary.json")["steps"] == 2
+  # Nothing was begun anew as another chunk.
+  assert len(list((workdir / "checkpoints").iterdir())) == 2
 
 
 def test_members_that_devices_do_not_divide(run, tmp_path, monkeypatch):
