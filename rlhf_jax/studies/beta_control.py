@@ -107,9 +107,8 @@ def run(
   begun = toy_runs.start(config.training, workdir, console)
   runs = {}
   for name, sweep in _sweeps(config).items():
-    sweep = toy_runs.from_start(sweep, begun)
-    path = toy_runs.made(name, sweep, workdir, console)
-    runs[name] = [member.rows for member in toy_runs.members(path)]
+    members = toy_runs.swept(name, sweep, begun, workdir, console)
+    runs[name] = [member.rows for member in members]
   held = [
     of_target(
       controller,

@@ -180,6 +180,17 @@ def members(path: pathlib.Path) -> list[Member]:
   ]
 
 
+def swept(
+  name: str,
+  config: ConfigDict,
+  begun: Start,
+  workdir: workdir_lib.Workdir,
+  console: rich_console.Console,
+) -> list[Member]:
+  """The members of a sweep from the start; arguments as `made` has them."""
+  return members(made(name, from_start(config, begun), workdir, console))
+
+
 def column(rows: Rows, name: str) -> np.ndarray:
   """A figure of every step."""
   return np.array([row[name] for row in rows], np.float64)

@@ -109,9 +109,7 @@ def run(
   begun = toy_runs.start(config.training, workdir, console)
   runs = {}
   for name, sweep in sweeps(config).items():
-    sweep = toy_runs.from_start(sweep, begun)
-    path = toy_runs.made(name, sweep, workdir, console)
-    members = toy_runs.members(path)
+    members = toy_runs.swept(name, sweep, begun, workdir, console)
     for beta in dict.fromkeys(member.beta for member in members):
       label = f"{name} {beta:g}" if name == "constant" else name
       mine = [member.rows for member in members if member.beta == beta]

@@ -87,9 +87,10 @@ def run(
   for name, training in trainings.items():
     with workdir.sub(name, training.to_dict(), resume=True) as own:
       starts[name] = toy_runs.start(training, own, console)
-    sweep = toy_runs.from_start(_sweep(config, training), starts[name])
-    path = toy_runs.made(f"{name}/sweep", sweep, workdir, console)
-    members = toy_runs.members(path)
+    sweep = _sweep(config, training)
+    members = toy_runs.swept(
+      f"{name}/sweep", sweep, starts[name], workdir, console
+    )
     tasks.append(task_of(config, name, starts[name].gold, members))
   transfers = []
   for task in tasks:

@@ -109,9 +109,8 @@ def run(
   begun = toy_runs.start(config.training, workdir, console)
   arms = {}
   for clip, (name, sweep) in zip(_clips(config), _sweeps(config).items()):
-    sweep = toy_runs.from_start(sweep, begun)
-    path = toy_runs.made(name, sweep, workdir, console)
-    arms |= of_members(clip, toy_runs.members(path), last=config.last)
+    members = toy_runs.swept(name, sweep, begun, workdir, console)
+    arms |= of_members(clip, members, last=config.last)
   rows = [
     row
     for clip in config.clips

@@ -71,9 +71,9 @@ def run(
   begun = toy_runs.start(config.training, workdir, console)
 
   def of(name, best):
-    sweep = toy_runs.from_start(_sweeps(config, best)[name], begun)
-    path = toy_runs.made(name, sweep, workdir, console)
-    return [(m.path, m.seed) for m in toy_runs.members(path)]
+    sweep = _sweeps(config, best)[name]
+    members = toy_runs.swept(name, sweep, begun, workdir, console)
+    return [(member.path, member.seed) for member in members]
 
   def asked(policies: Sequence[tuple[pathlib.Path, int]]):
     found = measures_lib.measure(

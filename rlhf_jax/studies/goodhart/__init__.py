@@ -57,8 +57,7 @@ def run(
 ) -> study.Outcome:
   """Does the sweep, and asks its policies for more responses."""
   begun = toy_runs.start(config.training, workdir, console)
-  sweep = toy_runs.from_start(_sweep(config), begun)
-  members = toy_runs.members(toy_runs.made("sweep", sweep, workdir, console))
+  members = toy_runs.swept("sweep", _sweep(config), begun, workdir, console)
   seeds = _sweep(config).sweep.seeds
   policies = [(begun.policy, seed) for seed in seeds]
   policies += [(member.path, member.seed) for member in members]
