@@ -41,7 +41,7 @@ def stories() -> ConfigDict:
   """A small pretrained model and prompts, both given on the command line."""
   config = defaults.get_config()
   config.reward.kind = "python"
-  config.reward.function = "rlhf_jax.host.text_rewards:happy_words"
+  config.reward.function = "rlhf_jax.text.rewards:happy_words"
   config.kl.beta = 0.2  # happy words per nat
   config.rollout.prompt_length = 32
   config.rollout.response_length = 64

@@ -35,7 +35,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import defaults
 from rlhf_jax import errors
-from rlhf_jax.host import validate
+from rlhf_jax.settings import validate
 
 Check = Callable[[ConfigDict], None]
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count.

@@ -12,7 +12,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Directory to be made.")
 
 def main(values: flags.FlagValues) -> None:
   """Exports, and says what to do with it."""
-  from rlhf_jax.host import export
+  from rlhf_jax.storage import export
 
   print(export.run(values.workdir, values.output))
 

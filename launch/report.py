@@ -19,7 +19,7 @@ from launch import app
 
 def main(values: flags.FlagValues) -> None:
   """Writes the report, and says where it is."""
-  from rlhf_jax.host.report import writing
+  from rlhf_jax.report import writing
 
   workdirs = values.workdir.split(",")
   if pathlib.Path(values.workdir).is_dir():

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from configs import studies
 from launch import app
 from rlhf_jax import errors
-from rlhf_jax.host import validate
+from rlhf_jax.settings import validate
 
 _ALL = flags.DEFINE_bool("all", False, "Every study, instead of --config.")
 _PRESET = flags.DEFINE_string("preset", "full", "With --all: full or reduced.")
@@ -40,7 +40,7 @@ def main(values: flags.FlagValues) -> None:
       f"--preset: {values.preset!r}; wanted full or reduced"
     )
 
-  from rlhf_jax.host import devices
+  from rlhf_jax.settings import devices
   from rlhf_jax.studies import collection, study
 
   devices.divide_cores()

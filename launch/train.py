@@ -9,19 +9,20 @@ workdir, or begins it where there is none.
 from absl import flags
 
 from launch import app
-from rlhf_jax.host import rules, validate
+from rlhf_jax.settings import rules, validate
 
 
 def main(values: flags.FlagValues) -> None:
   """Checks the config, first without JAX, then with its devices; runs it."""
   validate.validate_fields(values.config)
 
-  from rlhf_jax.host import devices, stages
+  from rlhf_jax.settings import devices
+  from rlhf_jax.stages import pipeline
 
   if rules.is_sweep(values.config):
     devices.divide_cores()
   validate.validate_mesh(values.config, device_count=devices.count())
-  stages.run(values.config, values.workdir, resume=values.resume)
+  pipeline.run(values.config, values.workdir, resume=values.resume)
 
 
 if __name__ == "__main__":

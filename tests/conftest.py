@@ -19,7 +19,13 @@ _CHECKED = [
   "rlhf_jax.objective",
   "rlhf_jax.models",
   "rlhf_jax.steps",
-  "rlhf_jax.host",
+  "rlhf_jax.text",
+  "rlhf_jax.storage",
+  "rlhf_jax.settings",
+  "rlhf_jax.data",
+  "rlhf_jax.measures",
+  "rlhf_jax.report",
+  "rlhf_jax.stages",
 ]
 install_import_hook(_CHECKED, "beartype.beartype")
 

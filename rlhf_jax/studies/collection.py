@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from rich import console as rich_console
 
 from rlhf_jax import errors
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import study
 
 TABLE = "table.md"

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from rlhf_jax import types
+from rlhf_jax.measures import enumeration
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import exact, kl
-from rlhf_jax.steps import enumeration, rewards
+from rlhf_jax.steps import rewards
 from rlhf_jax.studies import kl_measurements as measure
 from rlhf_jax.studies import listed
 

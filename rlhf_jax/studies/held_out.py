@@ -13,10 +13,13 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from rlhf_jax.host import evaluation, roles, sampling, toy_language
-from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.data import sampling
+from rlhf_jax.measures import evaluation
+from rlhf_jax.settings import roles
 from rlhf_jax.steps import evaluate as evaluate_lib
+from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies import toy_runs
+from rlhf_jax.text import toy_language
 
 
 class Responses(NamedTuple):

@@ -30,7 +30,7 @@ from rich import table as rich_table
 from rich import text as rich_text
 
 from rlhf_jax import errors
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 
 HOLDS = "holds"
 DOES_NOT_HOLD = "does not hold here"

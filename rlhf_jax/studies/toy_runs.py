@@ -18,8 +18,9 @@ from rich import console as rich_console
 from rich import text as rich_text
 
 from rlhf_jax import errors
-from rlhf_jax.host import devices, stages, validate
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.settings import devices, validate
+from rlhf_jax.stages import pipeline
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import study
 
 Rows = Sequence[Mapping[str, int | float]]
@@ -157,7 +158,7 @@ def made(
   with workdir.sub(name, config.to_dict(), resume=True) as opened:
     if not (opened.path / "summary.json").exists():
       console.print(rich_text.Text(f"{name}{note}"))
-      stages.run_stage(config, opened, resume=True, console=console)
+      pipeline.run_stage(config, opened, resume=True, console=console)
     # Absolute: a resumed study may be called from elsewhere.
     return opened.path.absolute()
 

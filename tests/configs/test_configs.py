@@ -165,7 +165,7 @@ def test_configs_and_their_checks_load_without_jax():
       "import sys",
       "from configs import ppo, quickstart, reward_model, sft",
       "from launch import train",
-      "from rlhf_jax.host import validate",
+      "from rlhf_jax.settings import validate",
       "validate.validate(quickstart.get_config(), device_count=1)",
       "assert 'jax' not in sys.modules",
     ]

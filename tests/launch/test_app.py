@@ -9,7 +9,7 @@ from absl import flags
 import pytest
 
 from launch import app, train
-from rlhf_jax import errors, host
+from rlhf_jax import errors, stages
 
 ROOT = pathlib.Path(__file__).parents[2]
 PPO = str(ROOT / "configs/ppo.py")
@@ -214,12 +214,12 @@ def test_verbose_shows_the_traceback(capsys, monkeypatch):
 
 def test_train_checks_and_then_runs_the_stages(monkeypatch):
   calls = []
-  stages = types.SimpleNamespace(
+  pipeline = types.SimpleNamespace(
     run=lambda config, workdir, *, resume: calls.append(
       (config.train.steps, workdir, resume)
     )
   )
-  monkeypatch.setattr(host, "stages", stages, raising=False)
+  monkeypatch.setattr(stages, "pipeline", pipeline, raising=False)
   arguments = [f"--config={PPO}:toy,train.steps=3", "--workdir=w", "--resume"]
   train.main(parse(*arguments))
   assert calls == [(3, "w", True)]

@@ -10,7 +10,7 @@ from configs import defaults, ppo
 from configs import evaluate as evaluate_config
 from launch import app, evaluate
 from rlhf_jax import errors
-from rlhf_jax.host import validate
+from rlhf_jax.settings import validate
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 

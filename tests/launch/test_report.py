@@ -9,7 +9,7 @@ from absl import flags
 from configs import defaults
 from configs.studies import kl_gradients
 from launch import app, report
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from rlhf_jax import types
+from rlhf_jax.measures import enumeration
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import exact
 from rlhf_jax.objective import preference_loss as losses
-from rlhf_jax.steps import dpo, enumeration, sharding
+from rlhf_jax.steps import dpo, sharding
 
 V, P, R, BETA = 16, 2, 3, 0.3
 MODEL = transformer.TransformerConfig(

@@ -16,10 +16,11 @@ import optax
 import pytest
 
 from rlhf_jax import types
+from rlhf_jax.measures import enumeration
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.objective import exact, kl, logprobs, masking
-from rlhf_jax.steps import enumeration, learner, ppo, reference, rollout
+from rlhf_jax.steps import learner, ppo, reference, rollout
 
 V, R, BETA = 3, 3, 0.4
 STOP_IDS = (0,)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from rlhf_jax import types
-from rlhf_jax.host import data
+from rlhf_jax.data import arrays
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.steps import ppo, reference, rollout, sharding, text_mix
@@ -70,7 +70,7 @@ def make_pairs():
 
 def make_texts(garbage=0):
   """Four packed rows; `garbage` fills what is padding."""
-  packed, cut = data.pack(
+  packed, cut = arrays.pack(
     make_pairs(), sequence_length=T, pad_id=garbage, vocab_size=13, where=""
   )
   assert cut.rows == 0 and packed.tokens.shape == (N, T)

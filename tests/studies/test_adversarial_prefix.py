@@ -16,18 +16,15 @@ import pytest
 
 from configs.studies import adversarial_prefix as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import (
-  ppo_stage,
-  pretrained,
-  readers,
-  sampling,
-  settings,
-  toy_language,
-)
+from rlhf_jax.data import readers, sampling
 from rlhf_jax.models import transformer
+from rlhf_jax.settings import static
+from rlhf_jax.stages import ppo as ppo_stage
+from rlhf_jax.storage import pretrained
 from rlhf_jax.studies import adversarial_prefix as adversarial
 from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.adversarial_prefix import measures, rule
+from rlhf_jax.text import toy_language
 
 # The least KL of a harm.
 
@@ -156,7 +153,7 @@ def test_both_kls_by_hand(config):
     reference.params["transformer"],
     prompts,
     jax.random.key(0),
-    config=settings.ppo_config(asked, policy, reference),
+    config=static.ppo_config(asked, policy, reference),
   )
   size = int(sequences.response_lengths[0])
   answer = sequences.response_tokens[0, :size].tolist()

@@ -14,7 +14,7 @@ import pytest
 
 from configs.studies import beta_control as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import stages
+from rlhf_jax.stages import pipeline
 from rlhf_jax.studies import beta_control, collection, study, toy_runs
 
 
@@ -231,7 +231,7 @@ def test_resume_does_what_is_missing(workdir, monkeypatch):
     done.append(opened.path.name)
     opened.write_summary(summary)
 
-  monkeypatch.setattr(stages, "run_stage", again)
+  monkeypatch.setattr(pipeline, "run_stage", again)
   before = (workdir / "study.json").read_text()
   summary = read(workdir / "trust/summary.json")
   (workdir / "study.json").unlink()

@@ -13,7 +13,7 @@ import pytest
 
 from configs.studies import beta_regimes as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import ppo_stage
+from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.studies import beta_regimes, held_out, intervals, study, toy_runs
 from rlhf_jax.studies.beta_regimes import rule, tables
 

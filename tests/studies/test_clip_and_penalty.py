@@ -15,7 +15,7 @@ import pytest
 
 from configs.studies import clip_and_penalty as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import stages
+from rlhf_jax.stages import pipeline
 from rlhf_jax.studies import clip_and_penalty, collection, study, toy_runs
 
 ON, OFF = "on", "off"
@@ -223,7 +223,7 @@ def test_resume_trains_nothing_again(workdir, monkeypatch):
   def fail(*_, **__):
     raise AssertionError("trained again")
 
-  monkeypatch.setattr(stages, "run_stage", fail)
+  monkeypatch.setattr(pipeline, "run_stage", fail)
   before = read(workdir / "study.json")
   (workdir / "study.json").unlink()
   study.run(config_file.get_config("reduced"), str(workdir), resume=True)

@@ -17,7 +17,7 @@ from scipy import stats
 
 from configs.studies import forgetting as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import ppo_stage
+from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.studies import forgetting, held_out, intervals, study, toy_runs
 from rlhf_jax.studies.forgetting import measures as measures_lib
 from rlhf_jax.studies.forgetting import rule

@@ -14,7 +14,7 @@ import pytest
 
 from configs.studies import goodhart as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import ppo_stage
+from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.studies import goodhart, held_out, intervals, study
 from rlhf_jax.studies.goodhart import arms as arms_lib
 

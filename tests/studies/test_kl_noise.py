@@ -9,10 +9,10 @@ import pytest
 
 from configs.studies import kl_noise as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import toy_language
 from rlhf_jax.studies import intervals, kl_noise, rao_blackwell, study
 from rlhf_jax.studies.kl_noise import arms as arms_lib
 from rlhf_jax.studies.kl_noise import task as task_lib
+from rlhf_jax.text import toy_language
 
 LENGTHS = (16, 64, 256)
 

@@ -14,10 +14,11 @@ import pytest
 
 from configs.studies import load_bearing_reference as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import pretrained, settings
-from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.objective import preference_loss
+from rlhf_jax.settings import static
 from rlhf_jax.steps import dpo
+from rlhf_jax.storage import pretrained
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import collection, study, toy_runs
 from rlhf_jax.studies import load_bearing_reference as study_lib
 from rlhf_jax.studies.load_bearing_reference import dpo as dpo_lib
@@ -233,7 +234,7 @@ def test_dpo_members_are_those_that_one_would_train_alone(workdir):
   policy = pretrained.load_policy(config)
   base = pretrained.load(str(workdir / "base"), config)
   asked = dpo.DPOConfig(
-    policy.model, "dpo", logits_per_chunk=settings.logits_per_chunk(config)
+    policy.model, "dpo", logits_per_chunk=static.logits_per_chunk(config)
   )
   references = {SFT: policy, BASE: base, NONE: None}
   members = [(name, 1) for name in references]
@@ -275,7 +276,7 @@ def test_dpo_members_differ(workdir):
 def test_resuming_trains_nothing_again(workdir, monkeypatch):
   before = rows_of(workdir, "seeds")
   (workdir / "study.json").unlink()
-  monkeypatch.setattr("rlhf_jax.host.stages.run_stage", None)
+  monkeypatch.setattr("rlhf_jax.stages.pipeline.run_stage", None)
   monkeypatch.setattr(dpo_lib, "_train", None)
   study.run(config_file.get_config("reduced"), str(workdir), resume=True)
   assert rows_of(workdir, "seeds") == before

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from configs.studies import adversarial_prefix as config_file
-from rlhf_jax.host import evaluation, pretrained, toy_language
+from rlhf_jax.measures import evaluation
+from rlhf_jax.storage import pretrained
 from rlhf_jax.studies.adversarial_prefix import measures
 from rlhf_jax.studies.adversarial_prefix import search as search_lib
+from rlhf_jax.text import toy_language
 
 REVIEWS = toy_language.LANGUAGES["reviews"]
 IDS = {word: i for i, word in enumerate(REVIEWS.vocabulary)}

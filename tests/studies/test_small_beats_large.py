@@ -12,10 +12,12 @@ import pytest
 
 from configs.studies import small_beats_large as config_file
 from rlhf_jax import errors
-from rlhf_jax.host import evaluation, pretrained, toy_language
+from rlhf_jax.measures import evaluation
+from rlhf_jax.storage import pretrained
 from rlhf_jax.studies import small_beats_large as study_lib
 from rlhf_jax.studies import study
 from rlhf_jax.studies.small_beats_large import models as models_lib
+from rlhf_jax.text import toy_language
 
 SMALL, RLHF, LARGE = models_lib.SMALL, models_lib.RLHF, models_lib.LARGE
 
@@ -199,6 +201,6 @@ def test_the_floor_is_the_languages_own_loss(workdir):
 def test_resuming_trains_nothing_again(workdir, monkeypatch):
   before = rows_of(workdir, "seeds")
   (workdir / "study.json").unlink()
-  monkeypatch.setattr("rlhf_jax.host.stages.run_stage", None)
+  monkeypatch.setattr("rlhf_jax.stages.pipeline.run_stage", None)
   study.run(config_file.get_config("reduced"), str(workdir), resume=True)
   assert rows_of(workdir, "seeds") == before

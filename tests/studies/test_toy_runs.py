@@ -7,8 +7,8 @@ from rich import console as rich_console
 
 from configs import ppo, studies
 from rlhf_jax import errors
-from rlhf_jax.host import stages
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.stages import pipeline
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import toy_runs
 
 CONSOLE = rich_console.Console(quiet=True)
@@ -55,7 +55,7 @@ def test_members_are_in_the_sweeps_order(made):
 
 def test_what_has_ended_is_not_done_again(made, monkeypatch):
   path, _, config, swept = made
-  monkeypatch.setattr(stages, "run_stage", lambda *a, **k: pytest.fail("ran"))
+  monkeypatch.setattr(pipeline, "run_stage", lambda *a, **k: pytest.fail("ran"))
   with workdir_lib.Workdir.open(path, {"study": "x"}, resume=True) as opened:
     again = toy_runs.made("arms/sweep", config, opened, CONSOLE)
   assert again == swept

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import types
-from rlhf_jax.host import readers, toy_language
+from rlhf_jax.data import readers
 from rlhf_jax.studies.adversarial_prefix import writers as writers_lib
+from rlhf_jax.text import toy_language
 
 REVIEWS = toy_language.LANGUAGES["reviews"]
 HARMFUL = {"boring", "awful", "dreadful", "hated"}

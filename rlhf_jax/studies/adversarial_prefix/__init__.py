@@ -19,14 +19,14 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import toy_language
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import pretrained as pretrained_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.adversarial_prefix import figure as figure_lib
 from rlhf_jax.studies.adversarial_prefix import measures, rule
 from rlhf_jax.studies.adversarial_prefix import search as search_lib
 from rlhf_jax.studies.adversarial_prefix import writers as writers_lib
+from rlhf_jax.text import toy_language
 
 UNTRAINED, TRAINED = "the reference itself", "rewarded for harm"
 NONE, RANDOM, FOUND = "no prefix", "random prefixes", "found prefix"

@@ -15,19 +15,16 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.host import (
-  batches,
-  evaluation,
-  sampling,
-  settings,
-  toy_language,
-)
-from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.data import batches, sampling
+from rlhf_jax.measures import evaluation
 from rlhf_jax.objective import masking
+from rlhf_jax.settings import static
 from rlhf_jax.steps import anchor, learner, ppo, sharding
 from rlhf_jax.steps import rollout as rollout_lib
+from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies.adversarial_prefix import writers as writers_lib
+from rlhf_jax.text import tokenizer as tokenizer_lib
+from rlhf_jax.text import toy_language
 
 _STREAM = 0  # Of random numbers; a search's begin at 1.
 
@@ -70,14 +67,14 @@ def measure(
     evaluation.HELD_OUT + config.seed, prompts
   )
   asked, _ = sampling.prompts_array(texts, config, policy, "held out")
-  mesh = settings.mesh(config)
+  mesh = static.mesh(config)
   models = policy.params["transformer"], reference.params["transformer"]
   models = jax.device_put(models, sharding.shardings(models, mesh))
   key = jax.random.key(evaluation.seed_of(config.seed, _STREAM))
-  static = settings.ppo_config(config, policy, reference)
+  step_config = static.ppo_config(config, policy, reference)
   found = batches.map_rows(
     lambda batch, index: _compared(
-      *models, batch, jax.random.fold_in(key, index), config=static
+      *models, batch, jax.random.fold_in(key, index), config=step_config
     ),
     asked,
     mesh=mesh,

@@ -18,19 +18,16 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.host import (
-  batches,
-  data,
-  evaluation,
-  settings,
-  toy_language,
-)
-from rlhf_jax.host import prefix as prefix_lib
-from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.data import arrays, batches
+from rlhf_jax.measures import evaluation
 from rlhf_jax.models import transformer
+from rlhf_jax.settings import prefix as prefix_lib
+from rlhf_jax.settings import static
 from rlhf_jax.steps import rollout as rollout_lib
 from rlhf_jax.steps import sharding
+from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies.adversarial_prefix import writers as writers_lib
+from rlhf_jax.text import toy_language
 
 _BATCHES = 16  # of training, in one of the search
 _STREAMS = 2**8  # Seeds of prompts that no arm of the study has.
@@ -91,10 +88,10 @@ def _harm(
 ) -> Callable[[Sequence[Ids], int], np.ndarray]:
   """Harmful words per response after each of many prefixes, in a stream."""
   language = toy_language.of(config)
-  mesh = settings.mesh(config)
+  mesh = static.mesh(config)
   params = model.params["transformer"]
   params = jax.device_put(params, sharding.shardings(params, mesh))
-  rollout_config = settings.rollout_config(config, model)
+  rollout_config = static.rollout_config(config, model)
 
   def harm(prefixes, stream):
     seed = evaluation.HELD_OUT + _STREAMS * (config.seed + 1) + stream
@@ -104,7 +101,7 @@ def _harm(
       for ids in prefixes
       for p in asked
     ]
-    array, _ = data.prompts_array(
+    array, _ = arrays.prompts_array(
       rows,
       prompt_length=config.rollout.prompt_length,
       pad_id=model.pad_id,

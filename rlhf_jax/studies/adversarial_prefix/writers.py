@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.host import toy_language
 from rlhf_jax.objective import masking
+from rlhf_jax.text import toy_language
 
 _HARMFUL = -2.0  # The sentiment of harmful words.
 

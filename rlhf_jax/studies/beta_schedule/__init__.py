@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.beta_schedule import figure as figure_lib
 

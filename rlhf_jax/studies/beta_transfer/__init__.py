@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import rules
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.settings import rules
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.beta_transfer import arms
 from rlhf_jax.studies.beta_transfer import figure as figure_lib

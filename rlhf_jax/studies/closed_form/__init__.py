@@ -20,8 +20,8 @@ import jax
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
-from rlhf_jax.host import progress as progress_lib
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.stages import progress as progress_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import enumerable, study
 from rlhf_jax.studies.closed_form import arms as arms_lib
 from rlhf_jax.studies.closed_form import dpo as dpo_lib

@@ -16,7 +16,7 @@ import pathlib
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.forgetting import figure as figure_lib
 from rlhf_jax.studies.forgetting import measures as measures_lib

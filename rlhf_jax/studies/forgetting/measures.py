@@ -13,16 +13,13 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import (
-  evaluation,
-  retention,
-  roles,
-  sampling,
-  toy_language,
-)
-from rlhf_jax.host import pretrained as pretrained_lib
+from rlhf_jax.data import sampling
+from rlhf_jax.measures import evaluation, retention
+from rlhf_jax.settings import roles
+from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies import toy_runs
 from rlhf_jax.studies.forgetting import rule
+from rlhf_jax.text import toy_language
 
 
 def measure(

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import toy_language
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import held_out, intervals, study, toy_runs
 from rlhf_jax.studies.goodhart import arms as arms_lib
 from rlhf_jax.studies.goodhart import figure as figure_lib
+from rlhf_jax.text import toy_language
 
 _FIELDS = {"kl.controller": "fixed", "kl.beta": 0.05, "sweep.seeds": ()}
 

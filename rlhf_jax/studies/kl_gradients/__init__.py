@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import progress as progress_lib
-from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.objective import kl
+from rlhf_jax.stages import progress as progress_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import study
 from rlhf_jax.studies.kl_gradients import estimates as estimates_lib
 from rlhf_jax.studies.kl_gradients import figure as figure_lib

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import rao_blackwell, study, toy_runs
 from rlhf_jax.studies.kl_noise import arms
 from rlhf_jax.studies.kl_noise import figure as figure_lib

@@ -17,17 +17,14 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import (
-  evaluation,
-  roles,
-  sampling,
-  toy_language,
-  toy_words,
-)
-from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.data import sampling
+from rlhf_jax.measures import evaluation
 from rlhf_jax.objective import kl
+from rlhf_jax.settings import roles
+from rlhf_jax.storage import pretrained as pretrained_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import toy_runs
+from rlhf_jax.text import toy_language, toy_words
 
 ESTIMATES = ("k1", "k3", "exact")
 _LANGUAGE = toy_language.LANGUAGES["reviews"]

@@ -29,8 +29,8 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import pretrained as pretrained_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import held_out, intervals, study, toy_runs
 from rlhf_jax.studies.load_bearing_reference import dpo as dpo_lib
 from rlhf_jax.studies.load_bearing_reference import figure as figure_lib

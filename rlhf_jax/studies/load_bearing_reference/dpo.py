@@ -21,16 +21,14 @@ from rich import console as rich_console
 from rich import text as rich_text
 
 from rlhf_jax import types
-from rlhf_jax.host import (
-  batches,
-  preference_data,
-  settings,
-)
-from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import progress as progress_lib
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.data import batches
+from rlhf_jax.data import preferences as preference_data
+from rlhf_jax.settings import static
+from rlhf_jax.stages import progress as progress_lib
 from rlhf_jax.steps import dpo
 from rlhf_jax.steps import optimizer as optimizer_lib
+from rlhf_jax.storage import pretrained as pretrained_lib
+from rlhf_jax.storage import workdir as workdir_lib
 
 References = Mapping[str, pretrained_lib.Pretrained | None]
 
@@ -88,10 +86,10 @@ def _train(config, policy, references, members, console):
     policy.model,
     "dpo",
     temperature=config.rollout.temperature,
-    logits_per_chunk=settings.logits_per_chunk(config, members=len(members)),
+    logits_per_chunk=static.logits_per_chunk(config, members=len(members)),
   )
   rows = _rows(config, policy, references, members, step_config)
-  optimizer = optimizer_lib.make(settings.optimizer_config(config))
+  optimizer = optimizer_lib.make(static.optimizer_config(config))
   start = dpo.init_state(
     {"transformer": jax.tree.map(jnp.asarray, policy.params["transformer"])},
     beta=config.kl.beta,
@@ -122,7 +120,7 @@ def _train(config, policy, references, members, console):
 def _rows(config, policy, references, members, step_config):
   """What each member learns from: pairs, and what it subtracts."""
   score = jax.jit(dpo.pair_logprobs, static_argnums=2)
-  mesh = settings.mesh(config)
+  mesh = static.mesh(config)
   pairs = {}
   for seed in dict.fromkeys(seed for _, seed in members):
     mine = config.copy_and_resolve_references()

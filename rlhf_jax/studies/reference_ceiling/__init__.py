@@ -20,7 +20,7 @@ steps as have been trained, and the slope must be above 0 even then.
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
-from rlhf_jax.host import workdir as workdir_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.reference_ceiling import arms as arms_lib
 from rlhf_jax.studies.reference_ceiling import figure as figure_lib

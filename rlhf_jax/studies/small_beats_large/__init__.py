@@ -28,13 +28,14 @@ import numpy as np
 from rich import console as rich_console
 
 from rlhf_jax import errors
-from rlhf_jax.host import devices, toy_language, validate
-from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import workdir as workdir_lib
 from rlhf_jax.models import transformer
+from rlhf_jax.settings import devices, validate
+from rlhf_jax.storage import pretrained as pretrained_lib
+from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import intervals, study, toy_runs
 from rlhf_jax.studies.small_beats_large import figure as figure_lib
 from rlhf_jax.studies.small_beats_large import models as models_lib
+from rlhf_jax.text import toy_language
 
 _LARGE = {"stage": "sft", "policy.path": "", "data.path": ""}
 

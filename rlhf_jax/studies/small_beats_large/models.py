@@ -10,16 +10,13 @@ from ml_collections import ConfigDict
 from rich import console as rich_console
 
 from rlhf_jax import types
-from rlhf_jax.host import (
-  evaluation,
-  retention,
-  roles,
-  toy_language,
-)
-from rlhf_jax.host import pretrained as pretrained_lib
-from rlhf_jax.host import tokenizer as tokenizer_lib
+from rlhf_jax.measures import evaluation, retention
+from rlhf_jax.settings import roles
 from rlhf_jax.steps import evaluate as evaluate_lib
+from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies import toy_runs
+from rlhf_jax.text import tokenizer as tokenizer_lib
+from rlhf_jax.text import toy_language
 
 SMALL, RLHF, LARGE = "small", "small, RLHF", "large"
 _TEXT_WIDTH = 80  # columns of a sample

@@ -1,0 +1,1 @@
+"""A policy judged: figures with their errors."""

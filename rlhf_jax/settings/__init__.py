@@ -1,0 +1,1 @@
+"""A config, checked and turned into what the steps are compiled with."""

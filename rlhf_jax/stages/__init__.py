@@ -1,0 +1,1 @@
+"""What `config.stage` names: the loop, and who drives it."""

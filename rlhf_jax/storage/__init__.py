@@ -1,0 +1,1 @@
+"""What stays on disk: workdirs, checkpoints, models by path, exports."""
