@@ -392,6 +392,21 @@ def test_the_story_teller_is_that_of_its_config():
   assert f"`{stories.rollout.stop_ids}`" in text
 
 
+def test_sizes_that_are_told_beside_the_tables():
+  """Of captions and docstrings, where they stand as well."""
+  arms = read(STUDIES / "closed_form.json")["tables"]["arms"]["caption"]
+  for size in ("3 seeds", "102,400 responses"):
+    assert size in arms and size in page("kl")
+  held = read(STUDIES / "beta_control.json")["tables"]["held"]["caption"]
+  assert "4 seeds and the last 20 of 150 steps" in held
+  assert "four seeds, 150 steps" in page("beta_control")
+  told = (ROOT / "configs" / "defaults.py").read_text()
+  low, high, top_p = re.search(
+    r"\(([\d.]+) nats read ([\d.]+) at top_p = ([\d.]+)\)", told
+  ).groups()
+  assert f"({low} nats as {high} at `top_p={top_p}`)" in page("kl")
+
+
 def test_the_studies_page_has_each_study():
   text = page("studies")
   records = collection.read_records(STUDIES)

@@ -45,7 +45,8 @@ class Loads(parser.HTMLParser):
 def site(tmp_path_factory):
   pytest.importorskip("mkdocs", reason="mkdocs-material is not installed")
   directory = tmp_path_factory.mktemp("site")
-  command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+  # Not --quiet: warnings that are not logged are no errors to --strict.
+  command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
   done = subprocess.run(
     [*command, "--site-dir", str(directory)],
     cwd=ROOT,
