@@ -23,7 +23,9 @@ from rlhf_jax.data import batches
 from rlhf_jax.data import preferences as preference_data
 from rlhf_jax.settings import roles, static, validate
 from rlhf_jax.stages import alarms, loop, sample_records
-from rlhf_jax.steps import dpo, offline_ledger, sharding
+from rlhf_jax.steps import dpo, sharding
+from rlhf_jax.steps import evaluate as evaluate_lib
+from rlhf_jax.steps import ledger as ledger_lib
 from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import reference as reference_lib
 from rlhf_jax.storage import checkpoint, reference_cache
@@ -39,7 +41,7 @@ class _Settings(NamedTuple):
   """What the step and the ledger are compiled with."""
 
   step: dpo.DPOConfig
-  ledger: offline_ledger.LedgerConfig
+  ledger: evaluate_lib.LedgerConfig
 
 
 def run(
@@ -65,7 +67,7 @@ def run(
     config, workdir, sides, held, reference, identity, mesh
   )
   optimizer = optimizer_lib.make(static.optimizer_config(config))
-  step = offline_ledger.with_ledger(
+  step = evaluate_lib.with_ledger(
     dpo.make_step(compiled.step, optimizer), compiled.ledger
   )
   key = jax.random.key(config.seed)
@@ -178,7 +180,7 @@ def _settings(config, policy, held) -> _Settings:
     logits_per_chunk=per_chunk,
     **config.dpo.to_dict(),
   )
-  ledger = offline_ledger.LedgerConfig(
+  ledger = evaluate_lib.LedgerConfig(
     model=policy.model,
     reference=held.model,
     rollout=static.rollout_config(config, policy),
@@ -239,7 +241,7 @@ def _finished(config, state, reference, prompts, mesh, ledger) -> types.Metrics:
     batch_size=FINAL_PROMPTS,
   )
   key = jax.random.fold_in(jax.random.key(config.seed), config.train.steps)
-  write = jax.jit(offline_ledger.written, static_argnums=4)
+  write = jax.jit(evaluate_lib.written, static_argnums=4)
   rollout, comparison = batches.map_rows(
     lambda batch, index: write(
       state.params, reference, batch, jax.random.fold_in(key, index), ledger
@@ -249,9 +251,9 @@ def _finished(config, state, reference, prompts, mesh, ledger) -> types.Metrics:
     batch_size=config.train.batch_size,
   )
   rollout, comparison = jax.tree.map(jnp.asarray, (rollout, comparison))
-  of_samples = jax.jit(offline_ledger.of_samples, static_argnums=3)
+  of_offline = jax.jit(ledger_lib.of_offline, static_argnums=3)
   beta = jnp.float32(config.kl.beta)
-  return jax.device_get(of_samples(rollout, comparison, beta, ledger))
+  return jax.device_get(of_offline(rollout, comparison, beta, ledger.gold))
 
 
 def _heldout(config, state, heldout, mesh, step_config):

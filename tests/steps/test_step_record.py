@@ -33,7 +33,7 @@ from rlhf_jax.objective import kl
 from rlhf_jax.steps import (
   anchor,
   dpo,
-  offline_ledger,
+  evaluate,
   ppo,
   reference,
   rewards,
@@ -214,9 +214,9 @@ def sweep() -> Case:
 
 def offline() -> Case:
   """DPO, with a look at what the policy writes at every third step."""
-  step = offline_ledger.with_ledger(
+  step = evaluate.with_ledger(
     dpo.make_step(dpo.DPOConfig(MODEL, "dpo"), OPTIMIZER),
-    offline_ledger.LedgerConfig(
+    evaluate.LedgerConfig(
       model=MODEL,
       reference=OTHER,
       rollout=CONFIG.rollout,
