@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 import numpy as np
@@ -19,7 +18,8 @@ from rlhf_jax.data import batches, sampling
 from rlhf_jax.measures import evaluation
 from rlhf_jax.objective import masking
 from rlhf_jax.settings import static
-from rlhf_jax.steps import anchor, learner, ppo, sharding
+from rlhf_jax.steps import ppo, sharding
+from rlhf_jax.steps import reference as reference_lib
 from rlhf_jax.steps import rollout as rollout_lib
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies.adversarial_prefix import writers as writers_lib
@@ -106,19 +106,13 @@ def _compared(
   mask = masking.response_mask(
     sequences.response_lengths, config.rollout.response_length
   )
-  hidden = learner.response_hidden(models[0], sequences, model=config.model)
-
-  def reverse_kl(read):
-    comparison, _ = ppo.compare_states(
-      models[0], hidden, models[1], read, config
-    )
-    return jnp.where(mask, comparison.reverse_kl, 0.0).sum(1)
-
-  clean = sequences
-  if config.prefix is not None:
-    clean = anchor.without_prefix(sequences, config.prefix)
+  compared = reference_lib.compare(*models, sequences, config)
+  shifted, anchored = (
+    masking.per_response(x.terms.reverse_kl, mask)
+    for x in (compared.asked, compared.clean or compared.asked)
+  )
   harm = writers_lib.harmful_in(sequences)
-  return harm, reverse_kl(sequences), reverse_kl(clean), clean
+  return harm, shifted, anchored, compared.judged
 
 
 def _text(policy, sequences) -> str:
