@@ -14,14 +14,13 @@ the reference has nothing to bring out, a prefix cannot shift it.
 """
 
 from collections.abc import Mapping
+import math
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
 from rlhf_jax.storage import pretrained as pretrained_lib
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 from rlhf_jax.studies.adversarial_prefix import figure as figure_lib
 from rlhf_jax.studies.adversarial_prefix import measures, rule
 from rlhf_jax.studies.adversarial_prefix import search as search_lib
@@ -55,30 +54,30 @@ def check(config: ConfigDict) -> None:
   """
   prompt = toy_language.of(config.training).longest_prompt
   length = config.training.rollout.prompt_length
-  for wanted, holds, fields in (
-    ("in (0, 1)", lambda x: 0 < x < 1, "harsh"),
-    (
-      f"1 to {length - prompt}, what training.rollout.prompt_length={length}"
-      " leaves",
-      lambda x: 1 <= x <= length - prompt,
-      "longest",
-    ),
-    ("at least 1", lambda x: x >= 1, "beam search_prompts randoms"),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    ("at least 2", lambda x: x >= 2, "prompts"),
-    ("finite and at least 1", lambda x: 1 <= x < float("inf"), "factor"),
-  ):
-    study.require(config, wanted, holds, *fields.split())
+  room = limits.between(
+    1,
+    length - prompt,
+    f"{length - prompt}, what training.rollout.prompt_length={length} leaves",
+  )
+  factor = limits.Limit("finite and at least 1", lambda x: 1 <= x < math.inf)
+  limits.check(
+    config,
+    {
+      "harsh": limits.inside(0, 1),
+      "longest": room,
+      "beam search_prompts randoms": limits.at_least(1),
+      "seeds": limits.SEEDS,
+      "prompts": limits.at_least(2),
+      "factor": factor,
+    },
+  )
   toy_runs.check(config, _sweeps(config, "the"), _FIELDS)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Makes the reference, finds the prefix, tunes and asks the policies."""
-  path = str(_reference(config, workdir, console))
+  config = lab.config
+  path = str(_reference(lab))
   reference = pretrained_lib.load(path, config.training)
   searched = search_lib.search(
     config.training,
@@ -91,7 +90,7 @@ def run(
   tuned = {}
   for name, sweep in _sweeps(config, found.prefix).items():
     sweep = toy_runs.varied(sweep, {"policy.path": path})
-    tuned[name] = toy_runs.members(toy_runs.made(name, sweep, workdir, console))
+    tuned[name] = toy_runs.members(toy_runs.made(lab, name, sweep))
   answers = _answers(config, reference, found, tuned)
   arms = _arms(answers)
   findings = {
@@ -136,8 +135,9 @@ def run(
   )
 
 
-def _reference(config, workdir, console):
+def _reference(lab):
   """The SFT policy of the two writers."""
+  config, workdir = lab.config, lab.workdir
   language = toy_language.of(config.training)
   sft = config.training.pipeline.sft
   path = workdir.path.absolute() / "texts.jsonl"
@@ -145,12 +145,8 @@ def _reference(config, workdir, console):
     language, config.seed, sft.data.size, harsh=config.harsh
   )
   writers_lib.write(path, language, texts)
-  return toy_runs.made(
-    "sft",
-    toy_runs.varied(sft, {"data.path": str(path)}),
-    workdir,
-    console,
-  )
+  sft = toy_runs.varied(sft, {"data.path": str(path)})
+  return toy_runs.made(lab, "sft", sft)
 
 
 def _seeds(config: ConfigDict) -> tuple[int, ...]:

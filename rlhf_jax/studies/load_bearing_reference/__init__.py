@@ -27,11 +27,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
 from rlhf_jax.storage import pretrained as pretrained_lib
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import held_out, intervals, study, toy_runs
+from rlhf_jax.studies import held_out, intervals, limits, study, toy_runs
 from rlhf_jax.studies.load_bearing_reference import dpo as dpo_lib
 from rlhf_jax.studies.load_bearing_reference import figure as figure_lib
 
@@ -75,19 +73,20 @@ def check(config: ConfigDict) -> None:
     UserError: With the field, its value and what is wanted.
   """
   sft_steps = config.training.pipeline.sft.train.steps
-  for wanted, holds, fields in (
-    (
-      f"1 to below training.pipeline.sft.train.steps={sft_steps}",
-      lambda x: 1 <= x < sft_steps,
-      "base_steps",
-    ),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    ("at least 2", lambda x: x >= 2, "prompts"),
-    ("at least 1", lambda x: x >= 1, "dpo_steps"),
-    ("above 0", lambda x: x > 0, "dpo_learning_rate"),
-    ("above 0", lambda x: x > 0, "training.kl.beta"),
-  ):
-    study.require(config, wanted, holds, fields)
+  base_steps = limits.Limit(
+    f"1 to below training.pipeline.sft.train.steps={sft_steps}",
+    lambda x: 1 <= x < sft_steps,
+  )
+  limits.check(
+    config,
+    {
+      "base_steps": base_steps,
+      "seeds": limits.SEEDS,
+      "prompts": limits.at_least(2),
+      "dpo_steps": limits.at_least(1),
+      "dpo_learning_rate training.kl.beta": limits.ABOVE_0,
+    },
+  )
   runs = {name: _sweep(config, betas) for name, betas in _betas(config).items()}
   fixed = {
     "sweep.seeds": (),
@@ -97,17 +96,13 @@ def check(config: ConfigDict) -> None:
   toy_runs.check(config, runs, fixed)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Trains the arms, in sub-workdirs, and asks their policies for responses."""
-  begun = toy_runs.start(config.training, workdir, console)
+  config, begun = lab.config, toy_runs.start(lab)
   base_sft = toy_runs.varied(
     config.training.pipeline.sft, {"train.steps": config.base_steps}
   )
-  base = toy_runs.made("base", base_sft, workdir, console)
+  base = toy_runs.made(lab, "base", base_sft)
   dpo_config = _dpo(config, begun)
   references = {
     SFT: pretrained_lib.load(str(begun.policy), dpo_config),
@@ -115,20 +110,12 @@ def run(
     NONE: None,
   }
   seeds = _seeds(config)
-  found = dpo_lib.made(dpo_config, references, seeds, workdir, console)
+  found = dpo_lib.made(lab, dpo_config, references, seeds)
   paths = {(DPO, reference): of for reference, of in found.items()}
   for reference, path in ((SFT, ""), (BASE, str(base))):
     sweep = _sweep(config, _betas(config)[reference])
     sweep = toy_runs.varied(sweep, {"reference.path": path})
-    members = toy_runs.members(
-      toy_runs.made(
-        f"ppo-{reference}",
-        toy_runs.from_start(sweep, begun),
-        workdir,
-        console,
-      )
-    )
-    for member in members:
+    for member in toy_runs.swept(lab, f"ppo-{reference}", sweep, begun):
       held = reference if member.beta else NONE
       paths.setdefault((PPO, held), []).append(member.path)
   starts = {("start", SFT): [begun.policy], ("start", BASE): [base]}

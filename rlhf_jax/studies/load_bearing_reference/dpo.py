@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 from rich import text as rich_text
 
 from rlhf_jax import types
@@ -28,30 +27,29 @@ from rlhf_jax.stages import progress as progress_lib
 from rlhf_jax.steps import dpo
 from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.storage import pretrained as pretrained_lib
-from rlhf_jax.storage import workdir as workdir_lib
+from rlhf_jax.studies import study
 
 References = Mapping[str, pretrained_lib.Pretrained | None]
 
 
 def made(
+  lab: study.Lab,
   config: ConfigDict,
   references: References,
   seeds: Sequence[int],
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
 ) -> dict[str, list[pathlib.Path]]:
   """The members' workdirs, after training where one has not ended.
 
   Args:
+    lab: The study's.
     config: Of stage `dpo`, its `policy.path` set.
     references: By name; None for no reference.
     seeds: Each is a member with every reference.
-    workdir: The study's.
-    console: Where progress goes.
 
   Returns:
     A workdir a seed, by the reference's name.
   """
+  workdir, console = lab.workdir, lab.console
   members = [(name, seed) for name in references for seed in seeds]
   paths = [workdir.path / _name(*member) for member in members]
   if not all((path / "summary.json").exists() for path in paths):

@@ -25,14 +25,12 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
 from rlhf_jax import errors
 from rlhf_jax.models import transformer
 from rlhf_jax.settings import devices, validate
 from rlhf_jax.storage import pretrained as pretrained_lib
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 from rlhf_jax.studies.small_beats_large import figure as figure_lib
 from rlhf_jax.studies.small_beats_large import models as models_lib
 from rlhf_jax.text import toy_language
@@ -61,48 +59,48 @@ def check(config: ConfigDict) -> None:
   Raises:
     UserError: With the field, its value and what is wanted.
   """
-  for wanted, holds, fields in (
-    ("above 1", lambda x: x > 1, "times"),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    ("at least 2", lambda x: x >= 2, "prompts"),
-  ):
-    study.require(config, wanted, holds, fields)
+  limits.check(
+    config,
+    {
+      "times": limits.Limit("above 1", lambda x: x > 1),
+      "seeds": limits.SEEDS,
+      "prompts": limits.at_least(2),
+    },
+  )
   toy_runs.check(config, {"sweep": _sweep(config)}, {"sweep.seeds": ()})
-  for field, value in _LARGE.items():
-    study.require(
-      config,
-      f"{value!r}: it is only pretrained, on the built-in language",
-      lambda x, value=value: x == value,
-      f"large.{field}",
-    )
+  only = "it is only pretrained, on the built-in language"
+  limits.check(
+    config,
+    {
+      f"large.{field}": limits.Limit(
+        f"{value!r}: {only}", lambda x, value=value: x == value
+      )
+      for field, value in _LARGE.items()
+    },
+  )
   try:
     validate.validate(config.large, device_count=devices.count())
   except errors.UserError as error:
     line = str(error).replace("config.", "config.large.", 1)
     raise errors.UserError(line) from error
   small, large = map(_parameters, (config.training, config.large))
-  study.require(
-    config,
+  wanted = limits.Limit(
     f"at most {large / small:.1f}: large has {large:,} parameters and training"
     f" {small:,}",
     lambda times: times * small <= large,
-    "times",
   )
+  limits.check(config, {"times": wanted})
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Makes the models, in sub-workdirs, and compares them."""
-  begun = toy_runs.start(config.training, workdir, console)
-  large = toy_runs.made("large", config.large, workdir, console)
-  sweep = toy_runs.from_start(_sweep(config), begun)
+  config = lab.config
+  begun = toy_runs.start(lab)
+  large = toy_runs.made(lab, "large", config.large)
   models = models_lib.Models(config, begun, large)
   measured, samples = [], []
-  for member in toy_runs.members(toy_runs.made("ppo", sweep, workdir, console)):
-    rows, texts = models.compare(member, console)
+  for member in toy_runs.swept(lab, "ppo", _sweep(config), begun):
+    rows, texts = models.compare(member, lab.console)
     measured += rows
     samples = samples or texts
   judged = [
