@@ -53,17 +53,13 @@ _TEXT_WIDTH = 80  # columns of a sample
 class Measured(NamedTuple):
   """A model of one seed, on held-out prompts and texts.
 
-  Attributes:
-    nll: Of held-out texts, nats per token.
-    above_floor: What of it the language itself does not have.
-    gold: The mean of its responses.
-    errors: Ungrammatical pairs a response.
-    kl: To the small language model, nats per response; of the large model 0,
-      as it is compared with itself.
-    wins: Share of prompts where its gold is above the large model's; a tie
-      counts half.
-    wins_low: The end of its 95 % interval over prompts, as `wins_high`.
-    wins_by_score: The same share by the seed's reward model.
+  `nll` is of the texts, nats per token, and `above_floor` what of it the
+  language itself does not have; `gold` is the mean of its responses, `errors`
+  are ungrammatical pairs a response. `kl` is to the small language model, nats
+  per response; of the large model, which is compared with itself, 0. `wins` is
+  the share of prompts where its gold is above the large model's, a tie counting
+  half, with its 95 % interval over prompts; `wins_by_score` by the reward
+  model.
   """
 
   seed: int
@@ -199,18 +195,14 @@ def _compared(
     rlhf = pretrained_lib.load(str(member.path), config)
     models = {SMALL: small, RLHF: rlhf, LARGE: large}
     asked = evaluation.heldout_prompts(config, small, lab.console, shared=False)
-    found = {
+    found = {}
+    for stream, (name, model) in enumerate(models.items()):
       # Streams of their own: responses of two models are independent.
-      name: evaluation.evaluate(
-        config,
-        model,
-        large if name == LARGE else small,
-        reward,
-        asked,
-        seed=evaluation.seed_of(member.seed, stream),
+      seed = evaluation.seed_of(member.seed, stream)
+      held = large if name == LARGE else small
+      found[name] = evaluation.evaluate(
+        config, model, held, reward, asked, seed=seed
       )
-      for stream, (name, model) in enumerate(models.items())
-    }
     rows += [
       _row(config, name, model, found[name], found[LARGE], lab.console)
       for name, model in models.items()
@@ -290,7 +282,7 @@ def _tables(config, measured, judged, samples) -> dict[str, study.Table]:
 
 def _paragraph(config, measured, judged) -> str:
   small, rlhf, large = judged
-  nats = np.mean(_column(measured, RLHF, "kl"))
+  nats, lead = np.mean(_column(measured, RLHF, "kl")), _lead(measured)
   return (
     f"The RLHF policy of {rlhf.parameters:,} parameters is preferred to the raw"
     f" model of {large.parameters:,}"
@@ -300,8 +292,8 @@ def _paragraph(config, measured, judged) -> str:
     f" {small.wins:.1%}. Mean gold: {small.gold.mean:.2f} before PPO,"
     f" {rlhf.gold.mean:.2f} after it at {nats:.1f} nats,"
     f" {large.gold.mean:.2f} of the large model, whose held-out loss is lower"
-    f" than the small one's by {_lead(measured).mean:.3f} nats per token"
-    f" ({_lead(measured).low:.3f} to {_lead(measured).high:.3f}):"
+    f" than the small one's by {lead.mean:.3f} nats per token"
+    f" ({lead.low:.3f} to {lead.high:.3f}):"
     f" {large.above_floor:.3f} above the language's entropy against"
     f" {small.above_floor:.3f}, and {rlhf.above_floor:.3f} after PPO."
   )
@@ -330,19 +322,12 @@ def _draw(
     "share of held-out prompts won, by gold\n"
     "colour: mean, 95 % interval; grey: a seed; dashed: even",
   )
-  for row, colour, marker, below in zip(judged, colours, "soD", (True, 0, 0)):
+  for row, colour, marker, away in zip(judged, colours, "soD", (-26, 16, 16)):
     x, y = (_column(measured, row.model, f) for f in ("above_floor", "gold"))
-    style = {"color": colour, "markersize": 8, "alpha": 0.8}
-    right.plot(x, y, marker, **style)
-    drawing.name_at(
-      right,
-      row.model,
-      (row.above_floor, row.gold.mean),
-      (0, -26 if below else 16),
-      ha="center",
-      color=colour,
-      fontsize=10,
-    )
+    right.plot(x, y, marker, color=colour, markersize=8, alpha=0.8)
+    place, style = (row.above_floor, row.gold.mean), {"color": colour}
+    style |= {"ha": "center", "fontsize": 10}
+    drawing.name_at(right, row.model, place, (0, away), **style)
   right.set_xscale("log")
   right.margins(0.15, 0.25)
   drawing.say(
