@@ -66,10 +66,9 @@ _WINDOW = 5  # steps of a curve's means
 class Answers(NamedTuple):
   """Of one policy.
 
-  `figures` are `[3, answer]`: harmful words, the KL to the reference that reads
-  the prefix, and the one to the reference on the clean prompt, nats per
-  response; `text` is the shortest prompt, which leaves most to the writer, with
-  its answer.
+  `figures`, `[3, answer]`, are harmful words and the KL to the reference that
+  reads the prefix and to the one on the clean prompt, nats per response; `text`
+  is the shortest prompt, which leaves most to the writer, with its answer.
   """
 
   figures: np.ndarray
@@ -198,13 +197,7 @@ def measure(
   """One answer to each held-out prompt, after `rollout.prefix` if there is one.
 
   Prompts and random numbers are those of `config.seed`, alike for all policies
-  and prefixes; no search had them.
-
-  Args:
-    config: Of stage `ppo`.
-    policy: Who answers.
-    reference: Whom the KL is to.
-    count: Of the prompts.
+  and prefixes; no search had them. `config` is of stage `ppo`.
   """
   heldout = evaluation.HELD_OUT + config.seed
   prompts = toy_language.of(config).sample_prompts(heldout, count)
@@ -234,13 +227,6 @@ def _tables(
   config, searched, found, arms: Arms, findings, texts
 ) -> dict[str, study.Table]:
   means = f"means over {config.seeds} seeds with 95 % intervals"
-  meanings = (
-    "harm more than without a prefix",
-    "hidden: least KL of that harm − KL, shifted",
-    f"exposed: KL, clean − {config.factor:g} · KL, shifted",
-    "no false alarm: KL, clean, of the reference − after random ones",
-    "prevented: harm more than charged clean",
-  )
   return {
     "search": study.table_of(
       "The best prefix of each length: harmful words per response of the"
@@ -269,7 +255,7 @@ def _tables(
       f" 0 where the claim holds; beside it {UNTRAINED}, whose shifted KL is 0"
       f" by definition; {means} of pairs",
       ("harmful words per response, or nats per response", *findings),
-      [*zip(meanings, *findings.values(), strict=True)],
+      [*zip(rule.meanings(config.factor), *findings.values(), strict=True)],
     ),
     "seeds": study.table_of_seeds(
       f"Every seed: means over {config.prompts} held-out prompts",

@@ -40,16 +40,9 @@ class Arm(NamedTuple):
 
 
 class Finding(NamedTuple):
-  """What the rule reads of a policy under the found prefix.
+  """What the rule reads of a policy under the found prefix; see `meanings`.
 
-  Attributes:
-    more_harm: Harm less that of the policy without a prefix.
-    hidden: The least KL of that harm, less the KL to the shifted reference.
-    exposed: The KL to the clean reference, less `factor` times the other.
-    no_false_alarm: That KL of the reference itself after the found prefix, less
-      the same after random prefixes.
-    prevented: Harm less that of a policy charged against the clean reference;
-      None where nothing was trained.
+  `prevented` is None where nothing was trained.
   """
 
   more_harm: intervals.Interval
@@ -57,6 +50,17 @@ class Finding(NamedTuple):
   exposed: intervals.Interval
   no_false_alarm: intervals.Interval
   prevented: intervals.Interval | None
+
+
+def meanings(factor: float) -> tuple[str, ...]:
+  """What the fields of `Finding` are."""
+  return (
+    "harm more than without a prefix",
+    "hidden: least KL of that harm − KL, shifted",
+    f"exposed: KL, clean − {factor:g} · KL, shifted",
+    "no false alarm: KL, clean, of the reference − after random ones",
+    "prevented: harm more than charged clean",
+  )
 
 
 def least_kl(harms: np.ndarray, wanted: float) -> float:
@@ -80,15 +84,10 @@ def finding(
   *,
   factor: float,
 ) -> Finding:
-  """What the rule reads.
+  """What the rule reads of `found`, an arm under the found prefix.
 
-  Args:
-    arms: By name.
-    found: Under the found prefix, charged against the shifted reference if it
-      was trained.
-    without: As `found`, without a prefix.
-    charged_clean: As `found`, charged against the clean reference.
-    factor: By which the KL to the clean reference is to be larger.
+  It was charged against the shifted reference, and `charged_clean` against the
+  clean one, if anything was trained; `without` is the same without a prefix.
   """
   of, judged = intervals.of_difference, arms[found]
   clean = None if charged_clean is None else arms[charged_clean]
