@@ -13,12 +13,14 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from rlhf_jax import types
 from rlhf_jax.data import sampling
 from rlhf_jax.measures import evaluation
 from rlhf_jax.settings import roles
 from rlhf_jax.steps import evaluate as evaluate_lib
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies import toy_runs
+from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text import toy_language
 
 
@@ -84,4 +86,16 @@ def _responses(
     kl=float64(found.reverse_exact),
     faults=float64(jax.jit(language.ungrammatical_pairs)(sequences)),
     nll=nll,
+  )
+
+
+def text(
+  policy: pretrained_lib.Pretrained, sequences: types.Sequences, row: int
+) -> str:
+  """A prompt, and after `|` what was answered."""
+  prompt, size = sequences.prompt_tokens[row], sequences.prompt_lengths[row]
+  response = sequences.response_tokens[row, : sequences.response_lengths[row]]
+  return " | ".join(
+    tokenizer_lib.decode(policy.tokenizer, ids.tolist())
+    for ids in (prompt[len(prompt) - size :], response)
   )

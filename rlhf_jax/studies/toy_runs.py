@@ -104,11 +104,25 @@ def check(
     {f"training.{name}": limits.equal(x) for name, x in wanted.items()},
   )
   for name, run_config in runs.items():
-    try:
-      validate.validate(run_config, device_count=devices.count())
-    except errors.UserError as error:
-      line = str(error).replace("config.", "config.training.", 1)
-      raise errors.UserError(f"{line} (run {name})") from error
+    check_one(run_config, "training", f" (run {name})")
+
+
+def check_one(config: ConfigDict, field: str, note: str = "") -> None:
+  """Refuses what a run would: a study's config, or one made from it.
+
+  Args:
+    config: The run's.
+    field: Of the study, whose fields the message is about.
+    note: Ends the message.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  try:
+    validate.validate(config, device_count=devices.count())
+  except errors.UserError as error:
+    line = str(error).replace("config.", f"config.{field}.", 1)
+    raise errors.UserError(f"{line}{note}") from error
 
 
 def start(lab: study.Lab) -> Start:
