@@ -14,10 +14,8 @@ from matplotlib import axes as matplotlib_axes
 from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 
 CONTROLLERS = ("ziegler", "pi", "dual")
 FREE = ("schedule", "trust")  # They look at no KL.
@@ -93,21 +91,18 @@ def check(config: ConfigDict) -> None:
       "conservative_beta",
     ),
   ):
-    study.require(config, wanted, holds, field)
+    limits.check(config, {field: limits.Limit(wanted, holds)})
   fixed = {"sweep.seeds": (), "kl.controller": "fixed", "kl.target": 0.0}
   toy_runs.check(config, _sweeps(config), fixed)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does a sweep over seeds of each controller and target."""
-  begun = toy_runs.start(config.training, workdir, console)
+  config = lab.config
+  begun = toy_runs.start(lab)
   runs = {}
   for name, sweep in _sweeps(config).items():
-    members = toy_runs.swept(name, sweep, begun, workdir, console)
+    members = toy_runs.swept(lab, name, sweep, begun)
     runs[name] = [member.rows for member in members]
   held = [
     of_target(

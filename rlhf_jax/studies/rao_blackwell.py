@@ -20,10 +20,8 @@ from matplotlib import axes as matplotlib_axes
 from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 
 ESTIMATORS = ("sampled", "rao_blackwellised")
 _LABELS, _COLOURS = ("sampled", "Rao-Blackwellised"), ("tab:orange", "tab:blue")
@@ -72,19 +70,14 @@ def check(config: ConfigDict) -> None:
     ),
     (span, lambda x: 1 <= x <= steps, "last window"),
   ):
-    study.require(config, wanted, holds, *fields.split())
+    limits.check(config, {fields: limits.Limit(wanted, holds)})
   toy_runs.check(config, _runs(config), {"kl.estimator": "sampled"})
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does the runs, each in a sub-workdir."""
-  start, metrics = toy_runs.run(
-    config.training, _runs(config), workdir, console
-  )
+  config = lab.config
+  start, metrics = toy_runs.run(lab, _runs(config))
   sampled, rao_bl = (
     [
       of_run(metrics[_name(estimator, seed)], last=config.last)

@@ -14,10 +14,8 @@ from collections.abc import Mapping, Sequence
 import pathlib
 
 from ml_collections import ConfigDict
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 from rlhf_jax.studies.forgetting import figure as figure_lib
 from rlhf_jax.studies.forgetting import measures as measures_lib
 from rlhf_jax.studies.forgetting import rule
@@ -58,26 +56,23 @@ def check(config: ConfigDict) -> None:
     ("at least 2", lambda x: x >= 2, "prompts"),
     ("above 0 and below 1", lambda x: 0 < x < 1, "partly"),
   ):
-    study.require(config, wanted, holds, field)
+    limits.check(config, {field: limits.Limit(wanted, holds)})
   toy_runs.check(config, _sweeps(config, config.betas[-1]), _FIELDS)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does the sweeps, and asks their policies."""
-  begun = toy_runs.start(config.training, workdir, console)
+  config = lab.config
+  begun = toy_runs.start(lab)
 
   def of(name, best):
     sweep = _sweeps(config, best)[name]
-    members = toy_runs.swept(name, sweep, begun, workdir, console)
+    members = toy_runs.swept(lab, name, sweep, begun)
     return [(member.path, member.seed) for member in members]
 
   def asked(policies: Sequence[tuple[pathlib.Path, int]]):
     found = measures_lib.measure(
-      config.training, begun, policies, console,
+      config.training, begun, policies, lab.console,
       off=config.off, prompts=config.prompts,
     )  # fmt: skip
     return [

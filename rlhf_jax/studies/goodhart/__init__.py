@@ -11,10 +11,8 @@ import math
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import held_out, intervals, study, toy_runs
+from rlhf_jax.studies import held_out, intervals, limits, study, toy_runs
 from rlhf_jax.studies.goodhart import arms as arms_lib
 from rlhf_jax.studies.goodhart import figure as figure_lib
 from rlhf_jax.text import toy_language
@@ -46,18 +44,15 @@ def check(config: ConfigDict) -> None:
     ("finite and above 0", lambda x: 0 < x < math.inf, "nonsense"),
     ("in (0.5, 1)", lambda x: 0.5 < x < 1, "fluent"),
   ):
-    study.require(config, wanted, holds, field)
+    limits.check(config, {field: limits.Limit(wanted, holds)})
   toy_runs.check(config, {"sweep": _sweep(config)}, _FIELDS)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does the sweep, and asks its policies for more responses."""
-  begun = toy_runs.start(config.training, workdir, console)
-  members = toy_runs.swept("sweep", _sweep(config), begun, workdir, console)
+  config = lab.config
+  begun = toy_runs.start(lab)
+  members = toy_runs.swept(lab, "sweep", _sweep(config), begun)
   seeds = _sweep(config).sweep.seeds
   policies = [(begun.policy, seed) for seed in seeds]
   policies += [(member.path, member.seed) for member in members]

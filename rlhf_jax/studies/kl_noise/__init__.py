@@ -14,10 +14,8 @@ reaches each of its tokens.
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import rao_blackwell, study, toy_runs
+from rlhf_jax.studies import limits, rao_blackwell, study, toy_runs
 from rlhf_jax.studies.kl_noise import arms
 from rlhf_jax.studies.kl_noise import figure as figure_lib
 from rlhf_jax.studies.kl_noise import task as task_lib
@@ -47,13 +45,11 @@ def check(config: ConfigDict) -> None:
       "window last",
     ),
   ):
-    study.require(config, wanted, holds, *fields.split())
+    limits.check(config, {fields: limits.Limit(wanted, holds)})
   longest = max(config.lengths)
-  study.require(
-    config,
-    f"none above the longest of lengths={config.lengths}, which SFT knows",
-    lambda xs: max(xs) <= longest,
-    "trained",
+  known = f"none above the longest of lengths={config.lengths}, which SFT knows"
+  limits.check(
+    config, {"trained": limits.Limit(known, lambda xs: max(xs) <= longest)}
   )
   runs = {
     _name(estimator, length): _sweep(config, estimator, length)
@@ -71,23 +67,20 @@ def check(config: ConfigDict) -> None:
   toy_runs.check(config, runs, fixed)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does the sweeps, then estimates the KL of a policy of the last."""
-  reference = task_lib.policy(config, workdir, console)
+  config = lab.config
+  reference = task_lib.policy(lab)
   paces, writer = [], reference
   for length in config.trained:
     runs = []
     for estimator in rao_blackwell.ESTIMATORS:
       fields = {
         "policy.path": str(reference),
-        "data.path": str(task_lib.texts_path(workdir)),
+        "data.path": str(task_lib.texts_path(lab)),
       }
       sweep = toy_runs.varied(_sweep(config, estimator, length), fields)
-      path = toy_runs.made(_name(estimator, length), sweep, workdir, console)
+      path = toy_runs.made(lab, _name(estimator, length), sweep)
       members = toy_runs.members(path)
       writer = members[0].path
       runs.append([arms.of_run(m.rows, last=config.last) for m in members])

@@ -15,15 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
 from rlhf_jax.data import sampling
 from rlhf_jax.measures import evaluation
 from rlhf_jax.objective import kl
 from rlhf_jax.settings import roles
 from rlhf_jax.storage import pretrained as pretrained_lib
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import toy_runs
+from rlhf_jax.studies import study, toy_runs
 from rlhf_jax.text import toy_language, toy_words
 
 ESTIMATES = ("k1", "k3", "exact")
@@ -64,13 +62,9 @@ def endless_texts(
   return [(row[1:cut], row[cut:]) for row, cut in zip(texts, cuts)]
 
 
-def policy(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> pathlib.Path:
+def policy(lab: study.Lab) -> pathlib.Path:
   """The SFT policy of endless texts, made where it does not exist yet."""
-  path = texts_path(workdir)
+  config, path = lab.config, texts_path(lab)
   longest = max(config.lengths)
   size = config.training.rollout.prompt_length + longest
   if not path.exists():
@@ -86,12 +80,12 @@ def policy(
     "rollout.stop_ids": (),
   }
   sft = config.training.pipeline.sft.copy_and_resolve_references()
-  return toy_runs.made("sft", toy_runs.varied(sft, fields), workdir, console)
+  return toy_runs.made(lab, "sft", toy_runs.varied(sft, fields))
 
 
-def texts_path(workdir: workdir_lib.Workdir) -> pathlib.Path:
+def texts_path(lab: study.Lab) -> pathlib.Path:
   """Where the texts are, whose prompts PPO answers; absolute."""
-  return workdir.path.absolute() / "texts.jsonl"
+  return lab.workdir.path.absolute() / "texts.jsonl"
 
 
 def of_length(config: ConfigDict, length: int) -> ConfigDict:
