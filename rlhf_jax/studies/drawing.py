@@ -68,11 +68,11 @@ def curves(
   axis: Axes, values: np.ndarray, *, colour: Any, label: str, window: int = 1
 ) -> None:
   """A thin line a run, `[run, step]`, and a thick one of their mean."""
-  smooth = [toy_runs.trailing_mean(row, window) for row in values]
+  smooth = toy_runs.trailing_mean(values, window)
   steps = np.arange(1, values.shape[1] + 1)
   for row in smooth:
     axis.plot(steps, row, color=colour, linewidth=0.6, alpha=0.6)
-  mean = np.mean(smooth, axis=0)
+  mean = smooth.mean(axis=0)
   axis.plot(steps, mean, color=colour, linewidth=2.2, label=label)
 
 

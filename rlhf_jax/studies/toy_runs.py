@@ -217,8 +217,8 @@ def ends(found: Sequence[Member], name: str, *, last: int) -> np.ndarray:
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-  """Means over the last `window` values; NaN where there are fewer."""
-  sums = np.cumsum(np.concatenate([[0.0], values]))
-  means = (sums[window:] - sums[:-window]) / window
-  missing = np.full(min(window - 1, len(values)), np.nan)
-  return np.concatenate([missing, means])
+  """Means over the last `window` of each row; NaN where there are fewer."""
+  sums = np.cumsum(np.insert(values, 0, 0.0, axis=-1), axis=-1)
+  means = (sums[..., window:] - sums[..., :-window]) / window
+  missing = min(window - 1, values.shape[-1])
+  return np.insert(means, [0] * missing, np.nan, axis=-1)
