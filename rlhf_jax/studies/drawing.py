@@ -22,17 +22,18 @@ Axes = matplotlib_axes.Axes
 
 
 def panels(
-  size: tuple[float, float], columns: int, **grid: Any
+  size: tuple[float, float], columns: int, *, rows: int = 1, **grid: Any
 ) -> tuple[matplotlib_figure.Figure, list[Axes]]:
-  """A figure and its panels in a row, without the box's upper right half.
+  """A figure and its panels, row by row, without the box's upper right half.
 
   Args:
     size: Inches.
-    columns: Panels.
+    columns: Panels of a row.
+    rows: As many.
     **grid: As `Figure.subplots` takes it.
   """
   figure = matplotlib_figure.Figure(figsize=size, layout="constrained")
-  axes = figure.subplots(1, columns, squeeze=False, **grid).ravel().tolist()
+  axes = [*figure.subplots(rows, columns, squeeze=False, **grid).flat]
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
   return figure, axes
@@ -80,7 +81,7 @@ def cloud(
   axis: Axes, x: np.ndarray, y: np.ndarray, *, label: str = "", **style: Any
 ) -> None:
   """A small mark a seed, and a large one at their means."""
-  quiet = {"linestyle": ""} | style
+  quiet: dict[str, Any] = {"linestyle": ""} | style
   axis.plot(x, y, markersize=3, alpha=0.5, **quiet)
   axis.plot(x.mean(), y.mean(), markersize=8, label=label, **quiet)
 
@@ -93,11 +94,13 @@ def bars(
 ) -> None:
   """Upright intervals at the places, with a mark at each mean."""
   means = [interval.mean for interval in found]
+  # A bootstrap's ends may be on one side of what was seen.
   ends = (
-    [interval.mean - interval.low for interval in found],
-    [interval.high - interval.mean for interval in found],
+    [max(interval.mean - interval.low, 0) for interval in found],
+    [max(interval.high - interval.mean, 0) for interval in found],
   )
-  axis.errorbar(places, means, ends, capsize=3, **{"linestyle": ""} | style)
+  quiet: dict[str, Any] = {"linestyle": ""} | style
+  axis.errorbar(places, means, ends, capsize=3, **quiet)
 
 
 def lying(
