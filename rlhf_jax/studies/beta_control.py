@@ -170,18 +170,15 @@ def _reach(row: Held) -> float:
 
 def _sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
   """The sweeps by name."""
-  betas = (config.training.kl.beta,)
-  sweeps = {
-    _name(controller, target): toy_runs.sweep(
-      config, betas, kl__controller=controller, kl__target=target
+  sweep = lambda **fields: toy_runs.sweep(config, (), **fields)
+  first = config.conservative_beta
+  return {
+    _name(controller, target): sweep(
+      kl__controller=controller, kl__target=target
     )
     for controller in config.controllers
     for target in config.targets
-  }
-  betas = (config.conservative_beta,)
-  return sweeps | {
-    name: toy_runs.sweep(config, betas, kl__controller=name) for name in FREE
-  }
+  } | {name: sweep(kl__controller=name, kl__beta=first) for name in FREE}
 
 
 def _name(controller: str, target: float) -> str:

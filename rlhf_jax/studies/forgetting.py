@@ -343,7 +343,9 @@ def paragraph(
   told: Mapping[str, intervals.Interval],
 ) -> str:
   """The finding in words; no conclusion but what the figures say."""
-  share = f", {found.left.mean / found.none.mean:.0%} of that,"
+  share = ""
+  if found.none.low > 0:
+    share = f", {found.left.mean / found.none.mean:.0%} of that,"
   further = ", ".join(
     f"{KINDS[kind]} {less:.3f}" for kind, less in found.further.items()
   )
@@ -356,12 +358,11 @@ def paragraph(
   return (
     f"The NLL of texts that PPO does not see rises by {found.none:.3f} nats"
     f" per token without a penalty and by {found.left:.3f}"
-    f"{share if found.none.low > 0 else ''} under"
-    f" β = {found.best:g}, the best on the task; of this, general texts in the"
-    f" loss take away (all at once): {further}. PPO's prompts begin with a"
-    f" {config.training.data.opening}. What the penalty leaves is"
-    f" {found.beyond:.3f} more than {config.partly:.0%} of the rise without"
-    f" it; it prevents {found.prevented:.3f}. With the texts, in this order,"
+    f"{share} under β = {found.best:g}, the best on the task; of this, general"
+    f" texts in the loss take away (all at once): {further}. PPO's prompts"
+    f" begin with a {config.training.data.opening}. What the penalty leaves is"
+    f" {found.beyond:.3f} more than {config.partly:.0%} of the rise without it;"
+    f" it prevents {found.prevented:.3f}. With the texts, in this order,"
     f" gold on the task changes by (all at once) {gold}. Gold off the task"
     " changes from the SFT policy's, under that penalty alone and with each"
     f" kind of texts, by {off}. Spearman's correlation with forgetting over the"
