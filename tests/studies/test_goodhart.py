@@ -9,6 +9,7 @@ any size.
 
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def ends(
 
 
 START = ends(proxy=0.0, gold=0.0, peak=0.0, faults=0.2, fluent=0.95, draw=1)
-KEPT = {
+KEPT: dict[str, Any] = {
   **{"proxy": 1.2, "gold": 1.0, "peak": 1.05},
   **{"faults": 0.3, "fluent": 0.9, "draw": 2},
 }
