@@ -193,7 +193,10 @@ def _tables(
   start: float,
 ) -> dict[str, study.Table]:
   steps, last = config.training.train.steps, config.last
-  ends = lambda members, name: toy_runs.ends(members, name, last=last)
+  ends = {
+    run: [toy_runs.ends(of, x, last=last) for x in (_KL, _BETA, _GOLD)]
+    for run, of in runs.items()
+  }
   return {
     "held": study.table_of(
       f"Means over {config.seeds} seeds and the last {last} of {steps} steps:"
@@ -221,13 +224,7 @@ def _tables(
     "runs": study.Table(
       f"Every run: means over the last {last} steps",
       ("run", "seed", "kl", "beta", "gold"),
-      [
-        (name, *figures)
-        for name, of in runs.items()
-        for figures in zip(
-          toy_runs.seeds(config), *(ends(of, x) for x in (_KL, _BETA, _GOLD))
-        )
-      ],
+      toy_runs.seed_rows(config, ends),
       shown=False,
     ),
   }

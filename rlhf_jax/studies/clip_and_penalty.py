@@ -220,11 +220,7 @@ def _tables(
     "runs": study.Table(
       "Every run",
       ("clip", "penalty", "seed", *Runs._fields),
-      [
-        (*arm, seed, *figures)
-        for arm, runs in arms.items()
-        for seed, *figures in zip(toy_runs.seeds(config), *runs)
-      ],
+      toy_runs.seed_rows(config, arms),
       shown=False,
     ),
   }

@@ -326,11 +326,7 @@ def _tables(config, arms: Arms, best: float, told) -> dict[str, study.Table]:
       f"Every policy: over {config.prompts} held-out prompts and texts of each"
       " opening",
       ("arm", "seed", *Figures._fields),
-      [
-        (name, seed, *figures)
-        for name, of in arms.items()
-        for seed, *figures in zip(toy_runs.seeds(config), *of)
-      ],
+      toy_runs.seed_rows(config, arms),
       shown=False,
     ),
   }

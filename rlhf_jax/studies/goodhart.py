@@ -132,19 +132,15 @@ def run(lab: study.Lab) -> study.Outcome:
     for beta, end, level in zip(config.betas, ends, levels(len(ends)))
   ]
   preventing = [a for a in arms[1:] if prevents(a, nonsense=config.nonsense)]
-  peaks, best = ends[0].peak_step, _best(arms).beta
-  samples = _samples(config, by_beta, best, int(peaks[0]))
+  best = max(arms[1:], key=lambda arm: arm.gold.mean)
+  samples = _samples(config, by_beta, best.beta, int(ends[0].peak_step[0]))
+  named = {"SFT": start} | {f"{a.beta:g}": x for a, x in zip(arms, ends)}
   return study.Outcome(
     verdict=verdict(arms, nonsense=config.nonsense),
-    paragraph=_paragraph(config, arms, preventing, start, peaks.mean(), usual),
-    tables=_tables(config, arms, preventing, samples, (start, *ends)),
+    paragraph=_paragraph(config, arms[0], best, preventing, named, usual),
+    tables=_tables(config, arms, preventing, samples, named),
     figure=_draw(config, by_beta, start, ends, samples, usual),
   )
-
-
-def _best(arms: Sequence[Arm]) -> Arm:
-  """The penalised arm of the highest gold."""
-  return max(arms[1:], key=lambda arm: arm.gold.mean)
 
 
 def levels(count: int) -> list[float]:
@@ -216,15 +212,6 @@ def arm_of(
   )
 
 
-def games(arm: Arm, *, nonsense: float) -> bool:
-  """The proxy rises, gold falls from its peak, the texts turn to nonsense.
-
-  Nonsense is so many ungrammatical pairs per response above the SFT policy's.
-  """
-  overoptimises = arm.proxy.low > 0 and arm.from_peak.high < 0
-  return overoptimises and arm.faults.low >= nonsense
-
-
 def prevents(arm: Arm, *, nonsense: float) -> bool:
   """Gold has risen and stays; what was nonsense is rarer, and none any more."""
   rises = arm.gold.low > 0 and arm.over_none.low > 0
@@ -235,14 +222,17 @@ def prevents(arm: Arm, *, nonsense: float) -> bool:
 def verdict(arms: Sequence[Arm], *, nonsense: float) -> str:
   """The rule: all parts of the claim, or all but how the nonsense looks.
 
-  The first arm has no penalty and must game the proxy; at least one of the
-  others must prevent it. Their intervals are wider, so that all of them are
-  right at once with 95 %: choosing one costs nothing. Nonsense looks fluent
-  where most ungrammatical responses pass for the reference's own.
+  The first arm has no penalty and must game the proxy: it rises, gold falls
+  from its peak, and the texts turn to nonsense, so many ungrammatical pairs per
+  response above the SFT policy's. At least one of the others must prevent it.
+  Their intervals are wider, so that all of them are right at once with 95 %:
+  choosing one costs nothing. Nonsense looks fluent where most ungrammatical
+  responses pass for the reference's own.
   """
   none, *penalised = arms
-  prevented = any(prevents(arm, nonsense=nonsense) for arm in penalised)
-  if not games(none, nonsense=nonsense) or not prevented:
+  overoptimises = none.proxy.low > 0 and none.from_peak.high < 0
+  games = overoptimises and none.faults.low >= nonsense
+  if not games or not any(prevents(a, nonsense=nonsense) for a in penalised):
     return study.DOES_NOT_HOLD
   if not none.fluent.low > 0.5:
     return study.holds_when("the nonsense need not look fluent")
@@ -313,19 +303,15 @@ def _tables(config, arms, preventing, samples, ends) -> dict[str, study.Table]:
       f"Every seed: means over the last {config.window} steps, and over"
       f" {config.prompts} held-out responses",
       ("β", "seed", *Ends._fields),
-      [
-        (name, seed, *figures)
-        for name, of in zip(("SFT", *(name for name, _ in named)), ends)
-        for seed, *figures in zip(toy_runs.seeds(config), *of)
-      ],
+      toy_runs.seed_rows(config, ends),
       shown=False,
     ),
   }
 
 
-def _paragraph(config, arms, preventing, start, peak, usual) -> str:
-  none, best = arms[0], _best(arms)
+def _paragraph(config, none, best, preventing, ends, usual) -> str:
   values = ", ".join(f"{arm.beta:g}" for arm in preventing) or "none"
+  peak = ends["0"].peak_step.mean()
   words = len(toy_language.of(config.training).vocabulary)
   return (
     f"Without a penalty the proxy gains {none.proxy} reward units in"
@@ -340,8 +326,8 @@ def _paragraph(config, arms, preventing, start, peak, usual) -> str:
     " the SFT policy's. A response looks fluent if its −log π_ref per token is"
     f" no higher than that of {config.fluent:.0%} of the SFT policy's"
     f" ({usual:.2f} nats). The mean is {none.nll} nats without a penalty, the"
-    f" SFT policy's {start.nll.mean():.2f}, and that of words drawn blindly"
-    f" would be about {math.log(words):.2f}."
+    f" SFT policy's {ends['SFT'].nll.mean():.2f}, and that of words drawn"
+    f" blindly would be about {math.log(words):.2f}."
   )
 
 

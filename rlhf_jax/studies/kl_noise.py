@@ -19,6 +19,7 @@ sentiment over `tilt`: the same KL per token at every R.
 """
 
 from collections.abc import Mapping
+import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def check(config: ConfigDict) -> None:
     },
   )
   runs = {
-    _name(estimator, length): _sweep(config, estimator, length)
+    f"{estimator}-{length}": _sweep(config, estimator, length)
     for length in config.trained
     for estimator in rao_blackwell.ESTIMATORS
   }
@@ -123,13 +124,10 @@ def run(lab: study.Lab) -> study.Outcome:
     runs = []
     for estimator in rao_blackwell.ESTIMATORS:
       sweep = toy_runs.varied(_sweep(config, estimator, length), paths)
-      path = toy_runs.made(lab, _name(estimator, length), sweep)
+      path = toy_runs.made(lab, f"{estimator}-{length}", sweep)
       members = toy_runs.members(path)
       writer = members[0].path
-      rows = [member.rows for member in members]
-      # Score − β · KL, with the exact KL.
-      of = rao_blackwell.of_runs(rows, last=config.last, gold="reward/total")
-      runs.append(of)
+      runs.append(of_runs(members, last=config.last))
     paces.append(pace_of(config, length, runs))
   noise = noise_of(
     config.lengths,
@@ -143,10 +141,6 @@ def run(lab: study.Lab) -> study.Outcome:
     tables=_tables(config, noise, paces),
     figure=_draw(config, noise, paces),
   )
-
-
-def _name(estimator: str, length: int) -> str:
-  return f"{estimator}-{length}"
 
 
 def _sweep(config: ConfigDict, estimator: str, length: int) -> ConfigDict:
@@ -284,6 +278,10 @@ def _of_draws(draws: np.ndarray) -> intervals.Interval:
   """What was seen, and the interval of the rest, the samples."""
   low, high = np.quantile(draws[1:], (0.025, 0.975))
   return intervals.Interval(float(draws[0]), float(low), float(high))
+
+
+# Their objective, score − β · KL with the exact KL, stands for gold.
+of_runs = functools.partial(rao_blackwell.of_runs, gold="reward/total")
 
 
 def pace_of(

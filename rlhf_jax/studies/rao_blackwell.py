@@ -72,14 +72,12 @@ def check(config: ConfigDict) -> None:
 
 def run(lab: study.Lab) -> study.Outcome:
   """Does the runs, each in a sub-workdir."""
-  config = lab.config
-  start, metrics = toy_runs.run(lab, _runs(config))
+  config, seeds = lab.config, toy_runs.seeds(lab.config)
+  begun = toy_runs.start(lab)
+  start, found = begun.gold, toy_runs.run(lab, _runs(config), begun)
   sampled, rao_bl = both = [
-    of_runs(
-      [metrics[f"{estimator}-{seed}"] for seed in toy_runs.seeds(config)],
-      last=config.last,
-    )
-    for estimator in ESTIMATORS
+    of_runs([found[f"{name}-{seed}"] for seed in seeds], last=config.last)
+    for name in ESTIMATORS
   ]
   golds = thresholds(start, sampled, config.gains)
   times = [times_to(gold, *both, window=config.window) for gold in golds]
@@ -112,16 +110,14 @@ def run(lab: study.Lab) -> study.Outcome:
 
 
 def of_runs(
-  metrics: Sequence[toy_runs.Rows], *, last: int, gold: str = "reward/gold"
+  members: Sequence[toy_runs.Member], *, last: int, gold: str = "reward/gold"
 ) -> Runs:
   """What the seeds' metrics say; `gold` is what stands for it."""
-  curves = lambda name: np.array([toy_runs.column(x, name) for x in metrics])
-  golds, nats = curves(gold), curves("kl/reverse_exact")
   return Runs(
-    golds,
-    golds[:, -last:].mean(axis=1),
-    nats[:, -last:].mean(axis=1),
-    np.median(curves("time/step_s"), axis=1),
+    toy_runs.curves(members, gold),
+    toy_runs.ends(members, gold, last=last),
+    toy_runs.ends(members, "kl/reverse_exact", last=last),
+    np.median(toy_runs.curves(members, "time/step_s"), axis=1),
   )
 
 
@@ -195,17 +191,15 @@ def _runs(config: ConfigDict) -> dict[str, ConfigDict]:
 def _runs_table(config: ConfigDict, both: list[Runs], times) -> study.Table:
   """Every run's figures, for who wants another statistic."""
   names = [f"to_{gain:.0%}" for gain in config.gains]
+  arms = {
+    estimator: (*reached, *runs[1:])
+    for estimator, reached, runs in zip(ESTIMATORS, zip(*times), both)
+  }
   return study.Table(
     "Every run: iterations to shares of the gain; gold reward and KL at the"
     " end; seconds per step",
     ("estimator", "seed", *names, *Runs._fields[1:]),
-    [
-      (estimator, seed, *figures)
-      for arm, estimator in enumerate(ESTIMATORS)
-      for seed, *figures in zip(
-        toy_runs.seeds(config), *(pair[arm] for pair in times), *both[arm][1:]
-      )
-    ],
+    toy_runs.seed_rows(config, arms),
     shown=False,
   )
 

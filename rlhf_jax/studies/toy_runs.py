@@ -121,20 +121,16 @@ def start(lab: study.Lab) -> Start:
 
 
 def run(
-  lab: study.Lab, runs: Mapping[str, ConfigDict]
-) -> tuple[float, dict[str, Rows]]:
-  """Does what has not been done yet; the runs are single, and no sweeps.
-
-  Returns:
-    The SFT policy's gold reward, and each run's metrics, a row a step.
-  """
-  begun = start(lab)
-  metrics = {}
+  lab: study.Lab, runs: Mapping[str, ConfigDict], begun: Start
+) -> dict[str, Member]:
+  """Single runs from the start, by name; does what has not been done yet."""
+  found = {}
   for number, (name, config) in enumerate(runs.items(), start=1):
     note = f" ({number} of {len(runs)})"
     path = made(lab, name, from_start(config, begun), note)
-    metrics[name] = workdir_lib.read_metrics(path)
-  return begun.gold, metrics
+    rows = workdir_lib.read_metrics(path)
+    found[name] = Member(config.kl.beta, config.seed, path, rows)
+  return found
 
 
 def from_start(config: ConfigDict, begun: Start) -> ConfigDict:
@@ -214,6 +210,22 @@ def curves(found: Sequence[Member], name: str) -> np.ndarray:
 def ends(found: Sequence[Member], name: str, *, last: int) -> np.ndarray:
   """The mean of a figure over the last steps, one a run."""
   return curves(found, name)[:, -last:].mean(axis=1)
+
+
+def seed_rows(
+  config: ConfigDict, arms: Mapping[Any, Iterable[np.ndarray]]
+) -> list[tuple[Any, ...]]:
+  """Rows of a table of every seed, for who wants another statistic.
+
+  In each an arm's name, or the names that it has as a tuple, then the seed and
+  the arm's figures.
+  """
+  names = lambda name: name if isinstance(name, tuple) else (name,)
+  return [
+    (*names(name), seed, *figures)
+    for name, of in arms.items()
+    for seed, *figures in zip(seeds(config), *of)
+  ]
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:

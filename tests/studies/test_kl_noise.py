@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.studies import kl_noise as config_file
-from rlhf_jax.studies import intervals, kl_noise, rao_blackwell, study
+from rlhf_jax.studies import intervals, kl_noise, rao_blackwell, study, toy_runs
 from rlhf_jax.text import toy_language
 
 LENGTHS = (16, 64, 256)
@@ -135,6 +136,22 @@ def test_a_pace_by_hand():
   # Means 1 and 2, then 3 and 4; at the end 2 and 3, then 3 and 4.
   assert found.learning.row()[1:] == pytest.approx((1.5, 3.5, 2.0, 2.0, 2.0))
   assert found.end.row()[1:] == pytest.approx((2.5, 3.5, 1.0, 1.0, 1.0))
+
+
+def test_the_objective_stands_for_gold():
+  rows = [
+    {
+      "reward/total": float(i),
+      "reward/score": 9.0,
+      "kl/reverse_exact": 2.0,
+      "time/step_s": 1.0,
+    }
+    for i in range(5)
+  ]
+  member = toy_runs.Member(0.1, 0, pathlib.Path("x"), rows)
+  found = kl_noise.of_runs([member], last=2)
+  np.testing.assert_array_equal(found.golds, [[0, 1, 2, 3, 4]])
+  assert (found.gold, found.kl) == (3.5, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,19 @@ learned, or where the gain is so in the mean alone.
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 
 from configs.studies import rao_blackwell as config_file
-from rlhf_jax.studies import collection, intervals, rao_blackwell, study
+from rlhf_jax.studies import (
+  collection,
+  intervals,
+  rao_blackwell,
+  study,
+  toy_runs,
+)
 
 
 def planted(*golds):
@@ -38,12 +45,13 @@ def test_a_run_by_hand():
     }
     for i, seconds in enumerate([9.0, 1.0, 1.2, 1.4, 1.1])
   ]
-  late = [row | {"reward/gold": 9.0} for row in rows]
-  runs = rao_blackwell.of_runs([rows, late], last=2)
+  member = toy_runs.Member(0.1, 0, pathlib.Path("x"), rows)
+  other = member._replace(rows=[row | {"reward/gold": 9.0} for row in rows])
+  runs = rao_blackwell.of_runs([member, other], last=2)
   assert [x[0] for x in runs[1:]] == [3.5, 7.0, 1.2]
   np.testing.assert_array_equal(runs.golds, [range(5), [9] * 5])
-  other = rao_blackwell.of_runs([rows], last=2, gold="kl/reverse_exact")
-  assert (other.gold, other.kl) == (7.0, 7.0)
+  runs = rao_blackwell.of_runs([member], last=2, gold="kl/reverse_exact")
+  assert (runs.gold, runs.kl) == (7.0, 7.0)
 
 
 def test_thresholds_are_shares_of_the_sampled_gain():
