@@ -7,6 +7,7 @@ is its mean over the last steps; the intervals are Student's, over seeds.
 """
 
 from collections.abc import Mapping, Sequence
+import itertools
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ FREE = ("schedule", "trust")  # They look at no KL.
 _KL, _BETA, _GOLD = "kl/reverse_exact", "kl/beta", "reward/gold"
 _PAIRS = "reward/pair_accuracy"
 
-Members = Sequence[toy_runs.Member]  # A controller's, one a seed.
+Runs = Sequence[toy_runs.Member]  # A controller's, one a seed.
 
 
 class Held(NamedTuple):
@@ -92,15 +93,14 @@ def run(lab: study.Lab) -> study.Outcome:
     name: toy_runs.swept(lab, name, sweep, begun)
     for name, sweep in _sweeps(config).items()
   }
-  spans = {"last": config.last, "tolerance": config.tolerance}
+  last, tolerance = config.last, config.tolerance
   held = [
-    of_target(controller, target, runs[_name(controller, target)], **spans)
-    for controller in config.controllers
-    for target in config.targets
+    of_target(*of, runs[name], last=last, tolerance=tolerance)
+    for name, of in _names(config).items()
   ]
-  free = [of_free(name, runs[name], last=config.last) for name in FREE]
+  free = [of_free(name, runs[name], last=last) for name in FREE]
   return study.Outcome(
-    verdict=verdict(held, tolerance=config.tolerance),
+    verdict=verdict(held, tolerance=tolerance),
     paragraph=_paragraph(held, free, config),
     tables=_tables(config, held, free, runs, begun.gold),
     figure=_draw(config, runs),
@@ -108,16 +108,11 @@ def run(lab: study.Lab) -> study.Outcome:
 
 
 def of_target(
-  controller: str,
-  target: float,
-  members: Members,
-  *,
-  last: int,
-  tolerance: float,
+  controller: str, target: float, runs: Runs, *, last: int, tolerance: float
 ) -> Held:
   """What the metrics of a controller's runs say of it."""
-  nats = toy_runs.ends(members, _KL, last=last)
-  means = toy_runs.trailing_mean(toy_runs.curves(members, _KL), last)
+  nats = toy_runs.ends(runs, _KL, last=last)
+  means = toy_runs.trailing_mean(toy_runs.curves(runs, _KL), last)
   outside = ~(abs(means / target - 1) <= tolerance)
   # The step after the last one outside; the first means are NaN, and so there.
   settled = outside.shape[1] - outside[:, ::-1].argmax(axis=1).astype(float)
@@ -128,15 +123,15 @@ def of_target(
     nats.mean(),
     *intervals.of_mean(nats / target - 1),
     settled=np.median(settled),
-    beta=toy_runs.ends(members, _BETA, last=last).mean(),
-    gold=toy_runs.ends(members, _GOLD, last=last).mean(),
+    beta=toy_runs.ends(runs, _BETA, last=last).mean(),
+    gold=toy_runs.ends(runs, _GOLD, last=last).mean(),
   )
 
 
-def of_free(controller: str, members: Members, *, last: int) -> Free:
+def of_free(controller: str, runs: Runs, *, last: int) -> Free:
   """What the metrics of a controller without a target say of it."""
   betas, nats, pairs = (
-    toy_runs.curves(members, name) for name in (_BETA, _KL, _PAIRS)
+    toy_runs.curves(runs, name) for name in (_BETA, _KL, _PAIRS)
   )
   return Free(
     controller=controller,
@@ -147,7 +142,7 @@ def of_free(controller: str, members: Members, *, last: int) -> Free:
     kl=intervals.of_mean(nats[:, -last:].mean(axis=1)),
     pairs_first=pairs[:, :last].mean(),
     pairs=pairs[:, -last:].mean(),
-    gold=intervals.of_mean(toy_runs.ends(members, _GOLD, last=last)),
+    gold=intervals.of_mean(toy_runs.ends(runs, _GOLD, last=last)),
   )
 
 
@@ -173,23 +168,22 @@ def _sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
   sweep = lambda **fields: toy_runs.sweep(config, (), **fields)
   first = config.conservative_beta
   return {
-    _name(controller, target): sweep(
-      kl__controller=controller, kl__target=target
-    )
-    for controller in config.controllers
-    for target in config.targets
+    name: sweep(kl__controller=controller, kl__target=target)
+    for name, (controller, target) in _names(config).items()
   } | {name: sweep(kl__controller=name, kl__beta=first) for name in FREE}
 
 
-def _name(controller: str, target: float) -> str:
-  return f"{controller}-{target:g}"
+def _names(config: ConfigDict) -> dict[str, tuple[str, float]]:
+  """Each controller and target by their sweep's name."""
+  pairs = itertools.product(config.controllers, config.targets)
+  return {f"{name}-{target:g}": (name, target) for name, target in pairs}
 
 
 def _tables(
   config: ConfigDict,
   held: list[Held],
   free: list[Free],
-  runs: Mapping[str, Members],
+  runs: Mapping[str, Runs],
   start: float,
 ) -> dict[str, study.Table]:
   steps, last = config.training.train.steps, config.last
@@ -244,10 +238,9 @@ def _paragraph(held: list[Held], free: list[Free], config: ConfigDict) -> str:
   for name in config.controllers:
     steps = [row.settled for row in held if row.controller == name]
     known = [step for step in steps if math.isfinite(step)]
-    late = f" by step {max(known):.0f}" if known else ""
+    settled.append(name + (f" by step {max(known):.0f}" if known else ""))
     if len(known) < len(steps):
-      late += f" at {len(known)} of {len(steps)} targets"
-    settled.append(f"{name}{late}")
+      settled[-1] += f" at {len(known)} of {len(steps)} targets"
   text += f" The median seed settles: {'; '.join(settled)}."
   for row in free:
     text += (
@@ -261,7 +254,7 @@ def _paragraph(held: list[Held], free: list[Free], config: ConfigDict) -> str:
 
 
 def _draw(
-  config: ConfigDict, runs: Mapping[str, Members]
+  config: ConfigDict, runs: Mapping[str, Runs]
 ) -> matplotlib_figure.Figure:
   """A row of panels a controller: the KL on the left, β on the right."""
   count = len(config.controllers) + 1
@@ -274,18 +267,25 @@ def _draw(
   def draw(row, name, colour, label):
     for axis, figure in ((lefts[row], _KL), (rights[row], _BETA)):
       curves = toy_runs.curves(runs[name], figure)
-      drawing.curves(axis, curves, colour=colour, label=label)
+      axis.plot(curves.T, color=colour, linewidth=0.5, alpha=0.6)
+      axis.plot(curves.mean(axis=0), color=colour, linewidth=1.4, label=label)
 
   for row, name in enumerate(config.controllers):
     for target, colour in zip(config.targets, colours):
       ends = target * (1 - config.tolerance), target * (1 + config.tolerance)
       lefts[row].axhspan(*ends, color=colour, alpha=0.15, linewidth=0)
-      draw(row, _name(name, target), colour, f"target {target:g}")
+      draw(row, f"{name}-{target:g}", colour, f"target {target:g}")
     lefts[row].set_ylim(0, 1.7 * max(config.targets))
   for name, colour in zip(FREE, ("tab:purple", "tab:brown")):
     draw(-1, name, colour, name)
   lefts[-1].set_ylim(bottom=0)
-  _pairs(rights[-1].twinx(), runs["trust"], config.last)
+  # What `trust` looks at, the mean of seeds, on an axis of its own.
+  pairs = toy_runs.curves(runs["trust"], _PAIRS).mean(axis=0)
+  beside, mean = rights[-1].twinx(), toy_runs.trailing_mean(pairs, config.last)
+  beside.plot(mean, color=drawing.GREY, linewidth=1.2, linestyle="--")
+  beside.set_ylim(0.4, 0.9)
+  beside.set_ylabel("pairs in order (dashed)", color="0.5")
+  beside.spines["top"].set_visible(False)
   for axis, name in zip(lefts, (*config.controllers, " and ".join(FREE))):
     axis.set_title(name, fontsize=10, loc="left", fontweight="bold")
     axis.set_ylabel("nats per response")
@@ -301,13 +301,3 @@ def _draw(
   for axis in (lefts[-1], rights[-1]):
     axis.set_xlabel("step")
   return figure
-
-
-def _pairs(axis: drawing.Axes, members: Members, window: int) -> None:
-  """What `trust` looks at, the mean of seeds, on an axis of its own."""
-  pairs = toy_runs.curves(members, _PAIRS).mean(axis=0)
-  mean = toy_runs.trailing_mean(pairs, window)
-  axis.plot(mean, color=drawing.GREY, linewidth=1.2, linestyle="--")
-  axis.set_ylim(0.4, 0.9)
-  axis.set_ylabel("pairs in order (dashed)", color="0.5")
-  axis.spines["top"].set_visible(False)

@@ -130,24 +130,16 @@ def run(lab: study.Lab) -> study.Outcome:
   best = best_beta(penalised)
   mixes = {kind: asked(trained(kind, best))[0] for kind in config.mixes}
   arms = {_START: start, _NONE: none}
-  arms |= {_beta_arm(beta): of for beta, of in penalised.items()}
-  arms |= {_mix_arm(kind): of for kind, of in mixes.items()}
+  arms |= {f"β = {beta:g}": of for beta, of in penalised.items()}
+  arms |= {f"+ texts: {KINDS[kind]}": of for kind, of in mixes.items()}
   found = finding(none, penalised, mixes, partly=config.partly)
   told = predictors([none, *penalised.values(), *mixes.values()])
   return study.Outcome(
-    verdict=verdict(found, KINDS),
+    verdict=verdict(found),
     paragraph=paragraph(config, found, arms, told),
     tables=_tables(config, arms, best, told),
     figure=_draw(arms, best, told),
   )
-
-
-def _beta_arm(beta: float) -> str:
-  return f"β = {beta:g}"
-
-
-def _mix_arm(kind: str) -> str:
-  return f"+ texts: {KINDS[kind]}"
 
 
 def _sweeps(config: ConfigDict, best: float) -> dict[str, ConfigDict]:
@@ -166,12 +158,8 @@ def measure(
 ) -> list[Figures]:
   """What the policies of each arm still know, and what they won.
 
-  Args:
-    config: The study's; of each opening it has so many prompts, and as many
-      texts, and each of those off counts alike.
-    begun: The reference and the reward model.
-    arms: The policies of each.
-    console: Where remarks go.
+  Of each opening there are `config.prompts` prompts, and as many texts; each of
+  those off counts alike.
   """
   training = toy_runs.from_start(config.training, begun)
   reference = pretrained_lib.load_policy(training)
@@ -225,12 +213,7 @@ def finding(
   """What the rule reads off the arms, which have the same seeds.
 
   The mixes' intervals of a figure are right all at once with 95 % (Bonferroni).
-
-  Args:
-    none: Without a penalty.
-    penalised: By β.
-    mixes: By kind.
-    partly: Share of forgetting without a penalty; what is left must be more.
+  What is left must be more than `partly` of forgetting without a penalty.
   """
   best = best_beta(penalised)
   chosen = penalised[best]
@@ -248,16 +231,11 @@ def finding(
   )
 
 
-def verdict(found: Finding, names: Mapping[str, str]) -> str:
-  """The rule: some is prevented, a share is left, and texts prevent more.
-
-  Args:
-    found: From `finding`.
-    names: Of the mixes, as the verdict calls them.
-  """
+def verdict(found: Finding) -> str:
+  """The rule: some is prevented, a share is left, and texts prevent more."""
   if not (found.prevented.low > 0 and found.beyond.low > 0):
     return study.DOES_NOT_HOLD
-  helps = {names[k]: more.low > 0 for k, more in found.further.items()}
+  helps = {KINDS[k]: more.low > 0 for k, more in found.further.items()}
   if not any(helps.values()):
     return study.holds_when("texts in the loss need not prevent more")
   return study.verdict(helps, "the texts are held by")
@@ -347,8 +325,9 @@ def paragraph(
   )
   gold = ", ".join(map(str, found.gold.values()))
   off = ", ".join(
-    str(intervals.of_difference(arms[name].off_gold, arms[_START].off_gold))
-    for name in (_beta_arm(found.best), *map(_mix_arm, found.further))
+    str(intervals.of_difference(of.off_gold, arms[_START].off_gold))
+    for name, of in arms.items()
+    if name.startswith("+") or name == f"β = {found.best:g}"
   )
   ranks = "; ".join(f"{name} {told[name]}" for name in list(told)[:2])
   return (

@@ -38,6 +38,7 @@ from rlhf_jax.studies import (
 from rlhf_jax.text import toy_language
 
 Members = Sequence[toy_runs.Member]
+Answers = Sequence[held_out.Responses]
 _NONE = drawing.ORANGE  # No penalty.
 _PENALISED = (
   drawing.SKY,
@@ -148,7 +149,7 @@ def levels(count: int) -> list[float]:
   return [0.95] + [1 - 0.05 / (count - 1)] * (count - 1)
 
 
-def of_start(responses: Sequence[held_out.Responses], *, usual: float) -> Ends:
+def of_start(responses: Answers, *, usual: float) -> Ends:
   """The SFT policy, whose gold is its own peak."""
 
   def fluent(of):
@@ -162,11 +163,7 @@ def of_start(responses: Sequence[held_out.Responses], *, usual: float) -> Ends:
 
 
 def of_end(
-  members: Members,
-  responses: Sequence[held_out.Responses],
-  *,
-  usual: float,
-  window: int,
+  members: Members, responses: Answers, *, usual: float, window: int
 ) -> Ends:
   """One β, from each seed's metrics and its policy's held-out responses."""
   golds = _smooth(members, "reward/gold", window)

@@ -76,13 +76,7 @@ def answers(
 ) -> evaluate_lib.Evaluation:
   """One answer of a policy to each of so many prompts of the language.
 
-  Args:
-    config: Of stage `ppo`; prompts have its opening.
-    policy: Who writes.
-    reference: Whom the KL is to.
-    reward: What scores.
-    seed: Of the prompts and of the responses.
-    prompts: How many.
+  The prompts have the config's opening; the seed is theirs and the responses'.
   """
   texts = toy_language.of(config).sample_prompts(
     evaluation.HELD_OUT + seed, prompts, config.data.opening

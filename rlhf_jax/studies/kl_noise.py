@@ -104,12 +104,7 @@ def check(config: ConfigDict) -> None:
       "window last": limits.steps_of(config),
     },
   )
-  runs = {
-    f"{estimator}-{length}": _sweep(config, estimator, length)
-    for length in config.trained
-    for estimator in rao_blackwell.ESTIMATORS
-  }
-  runs["estimates"] = of_length(config, longest)
+  runs = _sweeps(config, {}) | {"estimates": of_length(config, longest)}
   fixed = {"kl.estimator": "sampled", "kl.beta": 0.05, "reward.function": ""}
   toy_runs.check(config, runs, toy_runs.SWEPT | fixed)
 
@@ -119,19 +114,18 @@ def run(lab: study.Lab) -> study.Outcome:
   config, texts = lab.config, lab.workdir.path.absolute() / "texts.jsonl"
   reference = _policy(lab, texts)
   paths = {"policy.path": str(reference), "data.path": str(texts)}
-  paces, writer = [], reference
-  for length in config.trained:
-    runs = []
-    for estimator in rao_blackwell.ESTIMATORS:
-      sweep = toy_runs.varied(_sweep(config, estimator, length), paths)
-      path = toy_runs.made(lab, f"{estimator}-{length}", sweep)
-      members = toy_runs.members(path)
-      writer = members[0].path
-      runs.append(of_runs(members, last=config.last))
-    paces.append(pace_of(config, length, runs))
+  members = [
+    toy_runs.members(toy_runs.made(lab, name, sweep))
+    for name, sweep in _sweeps(config, paths).items()
+  ]
+  runs = [of_runs(of, last=config.last) for of in members]
+  paces = [
+    pace_of(config, length, pair)
+    for length, *pair in zip(config.trained, runs[::2], runs[1::2])
+  ]
   noise = noise_of(
     config.lengths,
-    estimates(config, writer, reference),
+    estimates(config, members[-1][0].path, reference),
     np.random.default_rng(config.seed),
     resamples=config.resamples,
   )
@@ -143,10 +137,18 @@ def run(lab: study.Lab) -> study.Outcome:
   )
 
 
-def _sweep(config: ConfigDict, estimator: str, length: int) -> ConfigDict:
-  """All seeds of one kind of run, but for the paths."""
-  fields = {"kl.estimator": estimator, "sweep.seeds": toy_runs.seeds(config)}
-  return toy_runs.varied(of_length(config, length), fields)
+def _sweeps(
+  config: ConfigDict, paths: Mapping[str, str]
+) -> dict[str, ConfigDict]:
+  """Of all seeds, by name: each length with both estimators."""
+  fields = {"sweep.seeds": toy_runs.seeds(config), **paths}
+  return {
+    f"{estimator}-{length}": toy_runs.varied(
+      of_length(config, length), fields | {"kl.estimator": estimator}
+    )
+    for length in config.trained
+    for estimator in rao_blackwell.ESTIMATORS
+  }
 
 
 def of_length(config: ConfigDict, length: int) -> ConfigDict:
@@ -215,10 +217,8 @@ def estimates(
 ) -> dict[str, np.ndarray]:
   """What each estimator says of the first tokens of the same responses.
 
-  Returns:
-    Under each of `ESTIMATES` nats, `[N, lengths]`: of `config.responses`
-    responses as long as the longest of `config.lengths`, summed over their
-    first so many tokens.
+  Nats, `[N, lengths]`: the responses are as long as the longest of
+  `config.lengths`, and summed over their first so many tokens.
   """
   longest = of_length(config, max(config.lengths))
   writer, other = (
@@ -248,12 +248,14 @@ def noise_of(
 ) -> Noise:
   """Deviations over responses and how they grow, with bootstrap intervals.
 
-  Args:
-    lengths: Of responses, tokens.
-    found: By estimator, nats `[N, lengths]`.
-    rng: Draws the samples; one of responses serves all figures.
-    resamples: How many.
+  One sample of responses serves all figures; `found` as `estimates` has it.
   """
+
+  def of(draws):
+    """What was seen, and the interval of the rest, the samples."""
+    low, high = np.quantile(draws[1:], (0.025, 0.975))
+    return intervals.Interval(float(draws[0]), float(low), float(high))
+
   drawn = {}
   count = len(found[ESTIMATES[0]])
   # The first sample is what was seen.
@@ -268,16 +270,10 @@ def noise_of(
   slope = lambda sd: np.log(sd) @ centred / (centred @ centred)
   return Noise(
     kl=found["exact"].mean(axis=0).tolist(),
-    deviations={n: [_of_draws(x) for x in sd.T] for n, sd in drawn.items()},
-    exponents={name: _of_draws(slope(sd)) for name, sd in drawn.items()},
-    left=_of_draws(drawn["exact"][:, -1] / drawn["k1"][:, -1]),
+    deviations={name: [of(x) for x in sd.T] for name, sd in drawn.items()},
+    exponents={name: of(slope(sd)) for name, sd in drawn.items()},
+    left=of(drawn["exact"][:, -1] / drawn["k1"][:, -1]),
   )
-
-
-def _of_draws(draws: np.ndarray) -> intervals.Interval:
-  """What was seen, and the interval of the rest, the samples."""
-  low, high = np.quantile(draws[1:], (0.025, 0.975))
-  return intervals.Interval(float(draws[0]), float(low), float(high))
 
 
 # Their objective, score − β · KL with the exact KL, stands for gold.
@@ -310,11 +306,10 @@ def verdict(noise: Noise, paces: list[Pace], *, left: float) -> str:
 
   It slows learning, and that is cured, where at the longest length that was
   trained, and at no other, Rao-Blackwellising raises the mean objective of all
-  iterations. That learning suffers more from longer responses is not asked: β
-  is tilt / √length, so that β times a deviation that goes as the length's root,
-  the noise that is charged, is alike at all lengths. (The iteration at which a
-  run reaches a share of its gain says the same with far more noise: a run's
-  curve crosses it several times.)
+  iterations. (The iteration at which a run reaches a share of its gain says the
+  same with far more noise.) That learning suffers more from longer responses is
+  not asked: β is tilt / √length, so that β times a deviation that goes as the
+  length's root, the noise that is charged, is alike at all lengths.
   """
   parts = {
     "the estimates": noise.exponents["k1"].low > 0 and noise.left.high < left,
@@ -327,6 +322,11 @@ def _tables(
   config: ConfigDict, noise: Noise, paces: list[Pace]
 ) -> dict[str, study.Table]:
   """Deviations by length, how they grow, learning by length, every run."""
+  ends = {
+    (pace.length, estimator): (of.gold, of.kl)
+    for pace in paces
+    for estimator, of in zip(rao_blackwell.ESTIMATORS, pace.runs)
+  }
   return {
     "deviations": study.Table(
       "Standard deviation of estimates of a response's KL(π‖π_ref), nats per"
@@ -354,12 +354,7 @@ def _tables(
     "runs": study.Table(
       "Every run at its end: score − β · KL; KL, nats per response",
       ("tokens", "estimator", "seed", "objective", "kl"),
-      [
-        (pace.length, estimator, *figures)
-        for pace in paces
-        for estimator, of in zip(rao_blackwell.ESTIMATORS, pace.runs)
-        for figures in zip(toy_runs.seeds(config), of.gold, of.kl)
-      ],
+      toy_runs.seed_rows(config, ends),
       shown=False,
     ),
   }

@@ -148,7 +148,7 @@ def test_the_rule(none, penalty, mixes, verdict):
     {"nll": runs(mixes[0], 2), "reverse_kl": runs(mixes[1], 3)},
     partly=0.05,
   )
-  assert forgetting.verdict(found, forgetting.KINDS) == verdict
+  assert forgetting.verdict(found) == verdict
 
 
 # The words.
