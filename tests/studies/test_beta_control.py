@@ -94,16 +94,6 @@ def test_a_controller_without_target():
   assert row.beta_lowest == pytest.approx(-0.2)  # Of 0 and −0.4.
 
 
-def test_trailing_means():
-  values = np.array([1.0, 3.0, 2.0, 7.0])
-  found = toy_runs.trailing_mean(values, 2)
-  np.testing.assert_allclose(found, [np.nan, 2.0, 2.5, 4.5])
-  np.testing.assert_array_equal(toy_runs.trailing_mean(values, 1), values)
-  np.testing.assert_allclose(
-    toy_runs.trailing_mean(values, 4), [np.nan, np.nan, np.nan, 3.25]
-  )
-
-
 # The verdict.
 
 
