@@ -11,7 +11,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -253,9 +252,7 @@ def _paragraph(held: list[Held], free: list[Free], config: ConfigDict) -> str:
   return text
 
 
-def _draw(
-  config: ConfigDict, runs: Mapping[str, Runs]
-) -> matplotlib_figure.Figure:
+def _draw(config: ConfigDict, runs: Mapping[str, Runs]) -> drawing.Figure:
   """A row of panels a controller: the KL on the left, β on the right."""
   count = len(config.controllers) + 1
   figure, axes = drawing.panels(

@@ -19,11 +19,12 @@ ORANGE, SKY, GREEN, YELLOW = "#D55E00", "#56B4E9", "#009E73", "#E69F00"
 BLUE, PINK, BLACK, GREY = "#0072B2", "#CC79A7", "#000000", "0.6"
 
 Axes = matplotlib_axes.Axes
+Figure = matplotlib_figure.Figure
 
 
 def panels(
   size: tuple[float, float], columns: int, *, rows: int = 1, **grid: Any
-) -> tuple[matplotlib_figure.Figure, list[Axes]]:
+) -> tuple[Figure, list[Axes]]:
   """A figure and its panels, row by row, without the box's upper right half.
 
   Args:
@@ -46,7 +47,7 @@ def say(axis: Axes, title: str, x: str, y: str = "", size: int = 10) -> None:
   axis.set_ylabel(y)
 
 
-def legend(figure: matplotlib_figure.Figure, axis: Axes, columns: int) -> None:
+def legend(figure: Figure, axis: Axes, columns: int) -> None:
   """One legend for all panels, below them."""
   figure.legend(
     *axis.get_legend_handles_labels(),

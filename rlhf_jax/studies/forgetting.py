@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 import pathlib
 from typing import NamedTuple
 
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
@@ -348,7 +347,7 @@ def paragraph(
 
 def _draw(
   arms: Arms, best: float, told: Mapping[str, intervals.Interval]
-) -> matplotlib_figure.Figure:
+) -> drawing.Figure:
   """What each arm won and forgot; what tells it; how well."""
   figure, (won, tells, ranks) = drawing.panels(
     (14, 4.6), 3, width_ratios=(1.3, 1, 0.8)

@@ -23,7 +23,6 @@ import math
 import textwrap
 from typing import NamedTuple
 
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -335,9 +334,7 @@ def share(fluent: intervals.Interval) -> str:
   return f"{fluent:.0%} of those with such pairs look fluent"
 
 
-def _draw(
-  config, by_beta, start, ends, samples, usual
-) -> matplotlib_figure.Figure:
+def _draw(config, by_beta, start, ends, samples, usual) -> drawing.Figure:
   """Proxy and gold against √KL; how fluent the ends are; what they say."""
   colours = [_NONE, *_PENALISED * len(ends)][: len(ends)]
   figure, (proxy, gold, texts) = drawing.panels((13, 5.4), 3)

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -387,7 +386,7 @@ def _paragraph(config: ConfigDict, noise: Noise, paces: list[Pace]) -> str:
 
 def _draw(
   config: ConfigDict, noise: Noise, paces: list[Pace]
-) -> matplotlib_figure.Figure:
+) -> drawing.Figure:
   """Deviations on the left; on the right a panel for each length trained."""
   count = len(paces)
   figure, (left, *rest) = drawing.panels(

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import math
 from typing import NamedTuple
 
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -236,7 +235,7 @@ def _paragraph(
   )
 
 
-def _draw(config, golds, both, times, to_gains) -> matplotlib_figure.Figure:
+def _draw(config, golds, both, times, to_gains) -> drawing.Figure:
   """Gold against iterations; the differences of pairs."""
   figure, (left, right) = drawing.panels((11, 4.2), 2, width_ratios=(1.4, 1))
   for runs, (label, colour) in zip(both, STYLES):
