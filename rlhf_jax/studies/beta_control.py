@@ -187,7 +187,7 @@ def _tables(
 ) -> dict[str, study.Table]:
   steps, last = config.training.train.steps, config.last
   ends = {
-    run: [toy_runs.ends(of, x, last=last) for x in (_KL, _BETA, _GOLD)]
+    (run,): [toy_runs.ends(of, x, last=last) for x in (_KL, _BETA, _GOLD)]
     for run, of in runs.items()
   }
   return {
@@ -214,11 +214,11 @@ def _tables(
         for row in free
       ],
     ),
-    "runs": study.Table(
+    "runs": toy_runs.every_run(
+      config,
       f"Every run: means over the last {last} steps",
       ("run", "seed", "kl", "beta", "gold"),
-      toy_runs.seed_rows(config, ends),
-      shown=False,
+      ends,
     ),
   }
 

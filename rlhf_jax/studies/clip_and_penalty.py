@@ -216,11 +216,8 @@ def _tables(
       " 95 % interval",
       rows,
     ),
-    "runs": study.Table(
-      "Every run",
-      ("clip", "penalty", "seed", *Runs._fields),
-      toy_runs.seed_rows(config, arms),
-      shown=False,
+    "runs": toy_runs.every_run(
+      config, "Every run", ("clip", "penalty", "seed", *Runs._fields), arms
     ),
   }
 

@@ -89,7 +89,7 @@ def cloud(
 
 def bars(
   axis: Axes,
-  places: Sequence[float],
+  places: Sequence[float] | np.ndarray,
   found: Sequence[intervals.Interval],
   **style: Any,
 ) -> None:

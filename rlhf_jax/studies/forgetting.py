@@ -299,12 +299,12 @@ def _tables(config, arms: Arms, best: float, told) -> dict[str, study.Table]:
       ("figure", "spearman", "low", "high"),
       [(name, *interval) for name, interval in told.items()],
     ),
-    "runs": study.Table(
+    "runs": toy_runs.every_run(
+      config,
       f"Every policy: over {config.prompts} held-out prompts and texts of each"
       " opening",
       ("arm", "seed", *Figures._fields),
-      toy_runs.seed_rows(config, arms),
-      shown=False,
+      {(name,): of for name, of in arms.items()},
     ),
   }
 

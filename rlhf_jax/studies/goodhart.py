@@ -295,12 +295,12 @@ def _tables(config, arms, preventing, samples, ends) -> dict[str, study.Table]:
       ("policy", "text"),
       samples,
     ),
-    "seeds": study.Table(
+    "seeds": toy_runs.every_run(
+      config,
       f"Every seed: means over the last {config.window} steps, and over"
       f" {config.prompts} held-out responses",
       ("β", "seed", *Ends._fields),
-      toy_runs.seed_rows(config, ends),
-      shown=False,
+      {(name,): of for name, of in ends.items()},
     ),
   }
 

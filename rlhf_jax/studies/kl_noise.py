@@ -350,11 +350,11 @@ def _tables(
         for pairs in (pace.learning, pace.end, pace.kl)
       ],
     ),
-    "runs": study.Table(
+    "runs": toy_runs.every_run(
+      config,
       "Every run at its end: score − β · KL; KL, nats per response",
       ("tokens", "estimator", "seed", "objective", "kl"),
-      toy_runs.seed_rows(config, ends),
-      shown=False,
+      ends,
     ),
   }
 

@@ -191,15 +191,15 @@ def _runs_table(config: ConfigDict, both: list[Runs], times) -> study.Table:
   """Every run's figures, for who wants another statistic."""
   names = [f"to_{gain:.0%}" for gain in config.gains]
   arms = {
-    estimator: (*reached, *runs[1:])
+    (estimator,): (*reached, *runs[1:])
     for estimator, reached, runs in zip(ESTIMATORS, zip(*times), both)
   }
-  return study.Table(
+  return toy_runs.every_run(
+    config,
     "Every run: iterations to shares of the gain; gold reward and KL at the"
     " end; seconds per step",
     ("estimator", "seed", *names, *Runs._fields[1:]),
-    toy_runs.seed_rows(config, arms),
-    shown=False,
+    arms,
   )
 
 

@@ -212,20 +212,19 @@ def ends(found: Sequence[Member], name: str, *, last: int) -> np.ndarray:
   return curves(found, name)[:, -last:].mean(axis=1)
 
 
-def seed_rows(
-  config: ConfigDict, arms: Mapping[Any, Iterable[np.ndarray]]
-) -> list[tuple[Any, ...]]:
-  """Rows of a table of every seed, for who wants another statistic.
-
-  In each an arm's name, or the names that it has as a tuple, then the seed and
-  the arm's figures.
-  """
-  names = lambda name: name if isinstance(name, tuple) else (name,)
-  return [
-    (*names(name), seed, *figures)
-    for name, of in arms.items()
-    for seed, *figures in zip(seeds(config), *of)
+def every_run(
+  config: ConfigDict,
+  caption: str,
+  columns: Sequence[str],
+  arms: Mapping[Any, Sequence[np.ndarray]],
+) -> study.Table:
+  """A table that is not shown: each arm's cells, the seed and its figures."""
+  rows = [
+    (*arm, *row)
+    for arm, figures in arms.items()
+    for row in zip(seeds(config), *figures, strict=True)
   ]
+  return study.Table(caption, tuple(columns), rows, shown=False)
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:

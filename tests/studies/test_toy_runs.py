@@ -94,15 +94,21 @@ def test_trailing_means():
   np.testing.assert_array_equal(rows, [found, 10 * found])
 
 
-def test_rows_of_every_seed():
+def test_a_row_a_seed():
   config = ConfigDict({"seed": 3, "seeds": 2})
   arms = {
     ("a", 0.1): (np.array([1, 2]), np.array([5, 6])),
-    "b": (np.array([7, 8]), np.array([9, 10])),
+    ("b", 0.2): (np.array([7, 8]), np.array([9, 10])),
   }
-  assert toy_runs.seed_rows(config, arms) == [
-    ("a", 0.1, 3, 1, 5),
-    ("a", 0.1, 4, 2, 6),
-    ("b", 3, 7, 9),
-    ("b", 4, 8, 10),
-  ]
+  columns = ("arm", "β", "seed", "x", "y")
+  assert toy_runs.every_run(config, "All", columns, arms) == (
+    "All",
+    columns,
+    [
+      ("a", 0.1, 3, 1, 5),
+      ("a", 0.1, 4, 2, 6),
+      ("b", 0.2, 3, 7, 9),
+      ("b", 0.2, 4, 8, 10),
+    ],
+    False,
+  )
