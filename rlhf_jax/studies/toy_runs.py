@@ -111,9 +111,14 @@ def check(
       raise errors.UserError(f"{line} (run {name})") from error
 
 
-def start(lab: study.Lab) -> Start:
-  """The SFT policy and its reward model, made where they do not exist yet."""
-  before = lab.config.training.pipeline
+def start(lab: study.Lab, training: ConfigDict | None = None) -> Start:
+  """The SFT policy and its reward model, made where they do not exist yet.
+
+  Args:
+    lab: The study's.
+    training: Whose they are; None is the study's only one.
+  """
+  before = (training or lab.config.training).pipeline
   policy = made(lab, "sft", before.sft)
   reward_model = varied(before.reward_model, {"policy.path": str(policy)})
   reward = made(lab, "reward_model", reward_model)

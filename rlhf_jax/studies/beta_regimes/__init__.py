@@ -17,10 +17,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import held_out, study, toy_runs
+from rlhf_jax.studies import held_out, limits, study, toy_runs
 from rlhf_jax.studies.beta_regimes import figure as figure_lib
 from rlhf_jax.studies.beta_regimes import rule
 from rlhf_jax.studies.beta_regimes import tables as tables_lib
@@ -41,58 +39,41 @@ _BANDS = {
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  rising = lambda xs: len(xs) > 0 and list(xs) == sorted({*xs})
-  steps = config.training.train.steps
-  for name, before in zip(_BANDS, (None, *_BANDS)):
-    above = -math.inf if before is None else config[before][-1]
-    wanted = "rising numbers"
-    if before:
-      wanted += f" above the last of config.{before}={config[before]}"
-    study.require(
-      config, wanted, lambda xs, above=above: rising((above, *xs)) and xs, name
-    )
+  """Refuses fields that make no sense."""
+  above, last = "", -math.inf
+  for name in _BANDS:
+    rising = lambda xs, last=last: limits.is_rising(xs, above=last)
+    limits.check(config, {name: limits.Limit(f"rising numbers{above}", rising)})
+    above = f" above the last of config.{name}={config[name]}"
+    last = config[name][-1]
   count = len(config.pairs)
-  for wanted, holds, field in (
-    (
-      "2 or more rising numbers",
-      lambda xs: rising(xs) and len(xs) > 1,
-      "pairs",
-    ),
-    (
-      f"as many numbers above 0 as config.pairs={config.pairs}",
-      lambda xs: len(xs) == count and min(xs) > 0,
-      "reward_steps",
-    ),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    (
-      f"1 to training.train.steps={steps}",
-      lambda x: 1 <= x <= steps,
-      "window",
-    ),
-    ("at least 3", lambda x: x >= 3, "prompts"),
-    ("in (0, 1)", lambda x: 0 < x < 1, "most"),
-    ("in (0, 1)", lambda x: 0 < x < 1, "little"),
-  ):
-    study.require(config, wanted, holds, field)
+  limits.check(
+    config,
+    {
+      "pairs": limits.Limit(
+        "2 or more rising numbers", lambda xs: limits.is_rising(xs, count=2)
+      ),
+      "reward_steps": limits.Limit(
+        f"as many numbers above 0 as config.pairs={config.pairs}",
+        lambda xs: len(xs) == count and min(xs) > 0,
+      ),
+      "seeds": limits.SEEDS,
+      "window": limits.steps_of(config),
+      "prompts": limits.at_least(3),
+      "most little": limits.inside(0, 1),
+    },
+  )
   toy_runs.check(config, {"sweep": _sweep(config)}, _FIXED)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does the reward models and a sweep with each."""
+  config = lab.config
   bands = rule.bands([(word, config[name]) for name, word in _BANDS.items()])
   sft = config.training.pipeline.sft
-  policy = toy_runs.made("sft", sft, workdir, console)
+  policy = toy_runs.made(lab, "sft", sft)
   models = [
-    _model(config, policy, pairs, steps, workdir, console)
+    _model(lab, policy, pairs, steps)
     for pairs, steps in zip(config.pairs, config.reward_steps)
   ]
   standard, conservative = bands[1:3]
@@ -115,31 +96,24 @@ def run(
 
 
 def _model(
-  config: ConfigDict,
-  policy: pathlib.Path,
-  pairs: int,
-  steps: int,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
+  lab: study.Lab, policy: pathlib.Path, pairs: int, steps: int
 ) -> rule.Model:
   """Makes a reward model and the runs with it."""
+  config = lab.config
   fields = {
     "policy.path": str(policy),
     "data.size": pairs,
     "train.steps": steps,
   }
   reward = toy_runs.made(
+    lab,
     f"reward_model-{pairs}",
     toy_runs.varied(config.training.pipeline.reward_model, fields),
-    workdir,
-    console,
   )
   gold = toy_runs.summary(policy)["metrics"]["reward/gold"]
   begun = toy_runs.Start(policy, reward, gold)
   sweep = toy_runs.from_start(_sweep(config), begun)
-  members = toy_runs.members(
-    toy_runs.made(f"sweep-{pairs}", sweep, workdir, console)
-  )
+  members = toy_runs.members(toy_runs.made(lab, f"sweep-{pairs}", sweep))
   seeds = sweep.sweep.seeds
   start = held_out.measure(
     config.training,

@@ -24,10 +24,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 from rlhf_jax.studies.beta_schedule import figure as figure_lib
 
 _SCHEDULE = {"kl.controller": "schedule", "kl.schedule.shape": "linear"}
@@ -67,49 +65,36 @@ class Arm(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  steps = config.training.train.steps
+  """Refuses fields that make no sense."""
   relaxed = config.training.kl.trust.beta_min
-  for wanted, holds, field in (
-    (
-      "three or more rising numbers above 0",
-      lambda xs: len(xs) > 2 and list(xs) == sorted({*xs}) and xs[0] > 0,
-      "constants",
-    ),
-    (
-      f"different ones of {', '.join(ARMS)}",
-      lambda xs: len(xs) == len({*xs}) > 0 and {*xs} <= {*ARMS},
-      "arms",
-    ),
-    (
-      f"above training.kl.trust.beta_min={relaxed}",
-      lambda x: relaxed < x < math.inf,
-      "conservative_beta",
-    ),
-    ("finite and above 0", lambda x: 0 < x < math.inf, "target"),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    (f"1 to training.train.steps={steps}", lambda x: 1 <= x <= steps, "last"),
-    ("below 1", lambda x: x < 1, "training.kl.schedule.end"),
-  ):
-    study.require(config, wanted, holds, field)
+  limits.check(
+    config,
+    {
+      "constants": limits.Limit(
+        "three or more rising numbers above 0",
+        lambda xs: limits.is_rising(xs, count=3, above=0),
+      ),
+      "arms": limits.some_of(ARMS),
+      "conservative_beta": limits.Limit(
+        f"above training.kl.trust.beta_min={relaxed}",
+        lambda x: relaxed < x < math.inf,
+      ),
+      "target": limits.FINITE_ABOVE_0,
+      "seeds": limits.SEEDS,
+      "last": limits.steps_of(config),
+      "training.kl.schedule.end": limits.Limit("below 1", lambda x: x < 1),
+    },
+  )
   fixed = {"sweep.seeds": (), "kl.controller": "fixed", "kl.target": 0.0}
   toy_runs.check(config, sweeps(config), fixed)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does a sweep of the constants and one for each way to move β."""
-  begun = toy_runs.start(config.training, workdir, console)
+  config, begun = lab.config, toy_runs.start(lab)
   runs = {}
   for name, sweep in sweeps(config).items():
-    members = toy_runs.swept(name, sweep, begun, workdir, console)
+    members = toy_runs.swept(lab, name, sweep, begun)
     for beta in dict.fromkeys(member.beta for member in members):
       label = f"{name} {beta:g}" if name == "constant" else name
       mine = [member.rows for member in members if member.beta == beta]

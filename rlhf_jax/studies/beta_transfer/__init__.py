@@ -14,11 +14,9 @@ held shows how good it is. `arms` has the figures and the rule.
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
 from rlhf_jax.settings import rules
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 from rlhf_jax.studies.beta_transfer import arms
 from rlhf_jax.studies.beta_transfer import figure as figure_lib
 
@@ -34,38 +32,32 @@ _FIXED = {
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
+  """Refuses fields that make no sense."""
   known = rules.CHOICES["data.language"]
-  steps = config.training.train.steps
   count = len(config.languages)
-  for wanted, holds, fields in (
-    (
-      f"at least two different ones of {', '.join(known)}",
-      lambda xs: len(xs) == len({*xs}) > 1 and {*xs} <= {*known},
-      "languages",
-    ),
-    (
-      f"{count} numbers above 0, one for each of languages",
-      lambda xs: (
-        len(xs) == count and all(rules.is_number(x) and x > 0 for x in xs)
+  limits.check(
+    config,
+    {
+      "languages": limits.Limit(
+        f"at least two different ones of {', '.join(known)}",
+        lambda xs: len(xs) == len({*xs}) > 1 and {*xs} <= {*known},
       ),
-      _PLACES,
-    ),
-    (
-      "at least two rising numbers above 0",
-      lambda xs: len(xs) > 1 and xs[0] > 0 and list(xs) == sorted({*xs}),
-      "betas",
-    ),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    (f"1 to training.train.steps={steps}", lambda x: 1 <= x <= steps, "last"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "fails"),
-    ("above 0 and below 1", lambda x: 0 < x < 1, "held"),
-  ):
-    study.require(config, wanted, holds, *fields.split())
+      _PLACES: limits.Limit(
+        f"{count} numbers above 0, one for each of languages",
+        lambda xs: (
+          len(xs) == count and all(rules.is_number(x) and x > 0 for x in xs)
+        ),
+      ),
+      "betas": limits.Limit(
+        "at least two rising numbers above 0",
+        lambda xs: limits.is_rising(xs, count=2, above=0),
+      ),
+      "seeds": limits.SEEDS,
+      "last": limits.steps_of(config),
+      "fails": limits.Limit("in [0, 1)", lambda x: 0 <= x < 1),
+      "held": limits.inside(0, 1),
+    },
+  )
   runs = {}
   for name, training in _trainings(config).items():
     runs[name] = _sweep(config, training)
@@ -76,21 +68,15 @@ def check(config: ConfigDict) -> None:
   toy_runs.check(config, runs, _FIXED)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """A sweep on each task; then each pair's target, each in a sub-workdir."""
-  trainings = _trainings(config)
+  config, trainings = lab.config, _trainings(lab.config)
   starts, tasks = {}, []
   for name, training in trainings.items():
-    with workdir.sub(name, training.to_dict(), resume=True) as own:
-      starts[name] = toy_runs.start(training, own, console)
+    with lab.workdir.sub(name, training.to_dict(), resume=True) as own:
+      starts[name] = toy_runs.start(lab._replace(workdir=own), training)
     sweep = _sweep(config, training)
-    members = toy_runs.swept(
-      f"{name}/sweep", sweep, starts[name], workdir, console
-    )
+    members = toy_runs.swept(lab, f"{name}/sweep", sweep, starts[name])
     tasks.append(task_of(config, name, starts[name].gold, members))
   transfers = []
   for task in tasks:
@@ -99,10 +85,9 @@ def run(
         config, trainings[task.name], source.best_beta, source.target
       )
       path = toy_runs.made(
+        lab,
         f"{task.name}/target-of-{source.name}",
         toy_runs.from_start(training, starts[task.name]),
-        workdir,
-        console,
         f" ({source.target:g} nats per response)",
       )
       gold, kl, _ = ends_of(config, toy_runs.members(path))

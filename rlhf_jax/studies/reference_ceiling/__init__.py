@@ -18,64 +18,49 @@ steps as have been trained, and the slope must be above 0 even then.
 """
 
 from ml_collections import ConfigDict
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import intervals, limits, study, toy_runs
 from rlhf_jax.studies.reference_ceiling import arms as arms_lib
 from rlhf_jax.studies.reference_ceiling import figure as figure_lib
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  rising = lambda xs: list(xs) == sorted({*xs})
+  """Refuses fields that make no sense."""
   longest = config.training.pipeline.sft.train.steps
   half = config.training.train.steps // 2
-  for wanted, holds, field in (
-    (
-      "rising numbers of steps, from 1 to below"
-      f" training.pipeline.sft.train.steps={longest}",
-      lambda xs: len(xs) > 0 and rising(xs) and xs[0] > 0 and xs[-1] < longest,
-      "shorter_sft",
-    ),
-    (
-      "two or more rising numbers above 0",
-      lambda xs: len(xs) > 1 and rising(xs) and xs[0] > 0,
-      "betas",
-    ),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    (
-      f"1 to half of training.train.steps, {half}",
-      lambda x: 1 <= x <= half,
-      "last",
-    ),
-  ):
-    study.require(config, wanted, holds, field)
+  limits.check(
+    config,
+    {
+      "shorter_sft": limits.Limit(
+        "rising numbers of steps, from 1 to below"
+        f" training.pipeline.sft.train.steps={longest}",
+        lambda xs: limits.is_rising(xs, above=0, below=longest),
+      ),
+      "betas": limits.Limit(
+        "two or more rising numbers above 0",
+        lambda xs: limits.is_rising(xs, count=2, above=0),
+      ),
+      "seeds": limits.SEEDS,
+      "last": limits.between(1, half, f"half of training.train.steps, {half}"),
+    },
+  )
   fixed = {"sweep.seeds": (), "kl.controller": "fixed"}
   toy_runs.check(config, {"sweep": _sweep(config)}, fixed)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Makes the references and, from each, a sweep; all in sub-workdirs."""
-  begun = toy_runs.start(config.training, workdir, console)
+  config, begun = lab.config, toy_runs.start(lab)
   references, curves = [], {}
   for steps in _sft_steps(config):
     reference = begun.policy
     if steps in config.shorter_sft:
       sft = {"train.steps": steps}
       sft = toy_runs.varied(config.training.pipeline.sft, sft)
-      reference = toy_runs.made(f"sft-{steps}", sft, workdir, console)
+      reference = toy_runs.made(lab, f"sft-{steps}", sft)
     from_here = begun._replace(policy=reference)
     sweep = toy_runs.from_start(_sweep(config), from_here)
-    path = toy_runs.made(f"from-{steps}", sweep, workdir, console)
+    path = toy_runs.made(lab, f"from-{steps}", sweep)
     references.append(arms_lib.of_reference(steps, toy_runs.summary(reference)))
     curves |= arms_lib.of_members(steps, toy_runs.members(path))
   arms = [
