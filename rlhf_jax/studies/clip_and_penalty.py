@@ -16,7 +16,7 @@ their ratio, the difference of their logarithms.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
@@ -47,7 +47,7 @@ Arms = Mapping[tuple[float, str], Runs]
 
 
 class Difference(NamedTuple):
-  """What clipping, or the penalty, changes: mean and 95 % interval.
+  """What clipping, or the penalty, changes.
 
   A ratio, of steps; a difference otherwise. `wanted` is what the claim says of
   it, `true` whether the interval is there; of some figures it says nothing.
@@ -57,9 +57,7 @@ class Difference(NamedTuple):
   figure: str
   of: str
   at: str
-  mean: float
-  low: float
-  high: float
+  mean: intervals.Interval
   wanted: str
   true: bool | None
 
@@ -160,7 +158,7 @@ def differences(
       f"at least {-margin:g}": interval.low >= -margin,
       "": None,
     }[wanted]
-    return Difference(clip, figure, of, at, *interval, wanted, true)
+    return Difference(clip, figure, of, at, interval, wanted, true)
 
   def clipping(figure, penalty, wanted):
     pair = (clip, penalty), (no_clip, penalty)
@@ -216,25 +214,16 @@ def _tables(
       " (nats per response, or gold reward), of steps the mean ratio; and its"
       " 95 % interval",
       rows,
+      split=True,
     ),
-    "runs": study.Table(
-      "Every run",
-      ("clip", "penalty", "seed", *Runs._fields),
-      [
-        (*arm, seed, *figures)
-        for arm, runs in arms.items()
-        for seed, *figures in zip(toy_runs.seeds(config), *runs)
-      ],
-      shown=False,
+    "runs": toy_runs.every_run(
+      config, "Every run", ("clip", "penalty", "seed", *Runs._fields), arms
     ),
   }
 
 
 def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
-  of = {
-    (r.clip, r.figure, r.of, r.at): intervals.Interval(r.mean, r.low, r.high)
-    for r in rows
-  }
+  of = {row[:4]: row.mean for row in rows}
 
   def times(clip, figure, what, at):
     mean, low, high = of[clip, figure, what, at]
@@ -291,20 +280,16 @@ def _draw(arms: Arms, start: float) -> matplotlib_figure.Figure:
     (0.1, OFF, "tab:orange", "s", "without"),
   ):
     mine = [arms[clip, penalty] for clip in clips]
-    style = {"color": colour, "marker": marker}
+    style: dict[str, Any] = {"color": colour, "marker": marker}
     for runs, name in zip(mine, names):
       drawing.cloud(left, runs.step, runs.kl, **style)
       drawing.name_at(left, name, (runs.step.mean(), runs.kl.mean()), (4, 6))
-    left.plot(
-      *np.mean([(r.step, r.kl) for r in mine], axis=2).T, label=label, **style
-    )
+    steps, kls = np.mean([(runs.step, runs.kl) for runs in mine], axis=2).T
+    left.plot(steps, kls, label=label, **style)
     places = np.arange(len(clips)) + shift
-    golds = [intervals.of_mean(runs.gold) for runs in mine]
-    drawing.bars(right, places, golds, **style)
-    for place, runs in zip(places, mine):
-      right.plot(
-        [place + 0.06] * len(runs.gold), runs.gold, ".", color="0.6", zorder=0
-      )
+    golds = np.array([runs.gold for runs in mine])
+    drawing.bars(right, places, [intervals.of_mean(x) for x in golds], **style)
+    right.plot(places + 0.06, golds, ".", color="0.6", zorder=0)
   drawing.log_scale(left, "x")
   drawing.log_scale(left, "y")
   drawing.say(

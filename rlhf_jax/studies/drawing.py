@@ -45,14 +45,13 @@ def say(axis: Axes, title: str, x: str, y: str = "", size: int = 10) -> None:
   axis.set_ylabel(y)
 
 
-def legend(figure: matplotlib_figure.Figure, axis: Axes, columns: int) -> None:
+def legend(
+  figure: matplotlib_figure.Figure, axis: Axes, columns: int, **style: Any
+) -> None:
   """One legend for all panels, below them."""
-  figure.legend(
-    *axis.get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=columns,
-    frameon=False,
-  )
+  style = {"loc": "outside lower center", "frameon": False} | style
+  handles, labels = axis.get_legend_handles_labels()
+  figure.legend(handles, labels, ncols=columns, **style)
 
 
 def log_scale(axis: Axes, which: str, labelled: Sequence[int] = (2, 5)) -> None:
@@ -80,14 +79,14 @@ def cloud(
   axis: Axes, x: np.ndarray, y: np.ndarray, *, label: str = "", **style: Any
 ) -> None:
   """A small mark a seed, and a large one at their means."""
-  quiet = {"linestyle": ""} | style
+  quiet: dict[str, Any] = {"linestyle": ""} | style
   axis.plot(x, y, markersize=3, alpha=0.5, **quiet)
   axis.plot(x.mean(), y.mean(), markersize=8, label=label, **quiet)
 
 
 def bars(
   axis: Axes,
-  places: Sequence[float],
+  places: Sequence[float] | np.ndarray,
   found: Sequence[intervals.Interval],
   **style: Any,
 ) -> None:
@@ -97,7 +96,8 @@ def bars(
     [interval.mean - interval.low for interval in found],
     [interval.high - interval.mean for interval in found],
   )
-  axis.errorbar(places, means, ends, capsize=3, **{"linestyle": ""} | style)
+  quiet: dict[str, Any] = {"linestyle": ""} | style
+  axis.errorbar(places, means, ends, capsize=3, **quiet)
 
 
 def lying(

@@ -111,14 +111,9 @@ def check(
       raise errors.UserError(f"{line} (run {name})") from error
 
 
-def start(lab: study.Lab, training: ConfigDict | None = None) -> Start:
-  """The SFT policy and its reward model, made where they do not exist yet.
-
-  Args:
-    lab: The study's.
-    training: Whose they are; None is the study's only one.
-  """
-  before = (training or lab.config.training).pipeline
+def start(lab: study.Lab) -> Start:
+  """The SFT policy and its reward model, made where they do not exist yet."""
+  before = lab.config.training.pipeline
   policy = made(lab, "sft", before.sft)
   reward_model = varied(before.reward_model, {"policy.path": str(policy)})
   reward = made(lab, "reward_model", reward_model)
@@ -192,10 +187,10 @@ def members(path: pathlib.Path) -> list[Member]:
 
 
 def swept(
-  lab: study.Lab, name: str, config: ConfigDict, begun: Start
+  lab: study.Lab, name: str, config: ConfigDict, begun: Start, note: str = ""
 ) -> list[Member]:
-  """The members of a sweep that begins at the start."""
-  return members(made(lab, name, from_start(config, begun)))
+  """The members of a sweep that begins at the start; see `made`."""
+  return members(made(lab, name, from_start(config, begun), note))
 
 
 def by_beta(found: Sequence[Member]) -> dict[float, list[Member]]:
@@ -219,6 +214,21 @@ def curves(found: Sequence[Member], name: str) -> np.ndarray:
 def ends(found: Sequence[Member], name: str, *, last: int) -> np.ndarray:
   """The mean of a figure over the last steps, one a run."""
   return curves(found, name)[:, -last:].mean(axis=1)
+
+
+def every_run(
+  config: ConfigDict,
+  caption: str,
+  columns: Sequence[str],
+  arms: Mapping[Any, Sequence[np.ndarray]],
+) -> study.Table:
+  """A table that is not shown: each arm's cells, the seed and its figures."""
+  rows = [
+    (*arm, *row)
+    for arm, figures in arms.items()
+    for row in zip(seeds(config), *figures, strict=True)
+  ]
+  return study.Table(caption, tuple(columns), rows, shown=False)
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
