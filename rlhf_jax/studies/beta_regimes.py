@@ -164,13 +164,10 @@ def _model(
 ) -> Model:
   """Makes a reward model and the runs with it."""
   config = lab.config
-  fields = {
-    "policy.path": str(policy),
-    "data.size": pairs,
-    "train.steps": steps,
-  }
-  before = toy_runs.varied(config.training.pipeline.reward_model, fields)
-  reward = toy_runs.made(lab, f"reward_model-{pairs}", before)
+  fields = {"data.size": pairs, "train.steps": steps}
+  fields |= {"policy.path": str(policy)}
+  training = toy_runs.varied(config.training.pipeline.reward_model, fields)
+  reward = toy_runs.made(lab, f"reward_model-{pairs}", training)
   gold = toy_runs.summary(policy)["metrics"]["reward/gold"]
   begun = toy_runs.Start(policy, reward, gold)
   members = toy_runs.swept(lab, f"sweep-{pairs}", _sweep(config), begun)
@@ -198,19 +195,17 @@ def runs_of(
 ) -> Runs:
   """Means over the last steps, of rewards less the SFT policy's of the seed.
 
-  Args:
-    members: All seeds of the first β, then those of the next.
-    start: For each seed, the SFT policy's responses.
-    window: Steps.
+  Members are all seeds of the first β, then those of the next; `start` has the
+  SFT policy's responses for each seed.
   """
-  end = lambda name: toy_runs.ends(members, name, last=window).reshape(
-    -1, len(start)
+  names = "reward/score", "reward/gold", "kl/reverse_exact"
+  proxy, gold, kl = (
+    toy_runs.ends(members, name, last=window).reshape(-1, len(start))
+    for name in names
   )
-  return Runs(
-    proxy=end("reward/score") - [r.score.mean() for r in start],
-    gold=end("reward/gold") - [r.gold.mean() for r in start],
-    kl=end("kl/reverse_exact"),
-  )
+  proxy -= [responses.score.mean() for responses in start]
+  gold -= [responses.gold.mean() for responses in start]
+  return Runs(proxy, gold, kl)
 
 
 def _sweep(config: ConfigDict) -> ConfigDict:
@@ -273,32 +268,25 @@ def agreements(
   bands: Sequence[Band],
   useful: intervals.Interval,
 ) -> dict[str, list[str]]:
-  """Per band, whether each reward model's β are what the claim says.
+  """Per band, whether each reward model's β, the weakest's first, are as said.
 
   `AGREES` if all β of the band are; `UNCLEAR` if others are seen to be nothing
-  else; otherwise `DIFFERS`.
-
-  Args:
-    words: For each reward model, the weakest first, those of `regimes`.
-    bands: The claim's.
-    useful: Gold that the conservative band has more than the standard one has
-      under the weakest reward model, of which the claim says that it is useful.
+  else; otherwise `DIFFERS`. Of the weakest reward model the claim says that the
+  conservative band is useful: `useful` is the gold that this has there more
+  than the standard one.
   """
-  found = {}
+  found = {b.name: [_agreement(b, of) for of in words] for b in bands}
   for band in bands:
-    found[band.name] = [
-      _agreement(band.word, {of[place] for place in band.places})
-      for of in words
-    ]
     if band.word == CONSERVATIVE:
       found[band.name][0] = _usefulness(useful)
   return found
 
 
-def _agreement(word: str, seen: set[str]) -> str:
-  if seen == {word}:
+def _agreement(band: Band, words: Sequence[str]) -> str:
+  seen = {words[place] for place in band.places}
+  if seen == {band.word}:
     return AGREES
-  return UNCLEAR if seen <= {word, UNCLEAR} else DIFFERS
+  return UNCLEAR if seen <= {band.word, UNCLEAR} else DIFFERS
 
 
 def _usefulness(gold: intervals.Interval) -> str:

@@ -99,7 +99,30 @@ def run(lab: study.Lab) -> study.Outcome:
   return study.Outcome(
     verdict=verdict(rows),
     paragraph=_paragraph(config, arms, rows),
-    tables=_tables(config, arms, rows),
+    tables={
+      "arms": study.Table(
+        f"Means over {config.seeds} seeds: gold reward, its spread over seeds"
+        f" (sd), and KL(π‖π_ref) over the last {config.last} of"
+        f" {config.training.train.steps} steps; step: a run's median of"
+        " KL(π_old‖π_new), and its largest; nats per response; clipped: share"
+        " of tokens",
+        ("clip", "penalty", "gold", "gold_sd", *Runs._fields[1:]),
+        [
+          (*arm, gold.mean(), gold.std(ddof=1), *(x.mean() for x in rest))
+          for arm, (gold, *rest) in arms.items()
+        ],
+      ),
+      "differences": study.table_of(
+        "What clipping, or the penalty, changes: mean of the seeds' differences"
+        " (nats per response, or gold reward), of steps the mean ratio; and its"
+        " 95 % interval",
+        rows,
+        split=True,
+      ),
+      "runs": toy_runs.every_run(
+        config, "Every run", ("clip", "penalty", "seed", *Runs._fields), arms
+      ),
+    },
     figure=_draw(arms, begun.gold),
   )
 
@@ -144,42 +167,39 @@ def differences(
   both together lose no gold to either alone. What each does to the other's
   figure is reported beside it.
   """
+  epsilon = {ON: clip, OFF: no_clip}
 
-  def row(figure, of, at, first, second, wanted):
-    pair = [arms[arm]._asdict()[figure] for arm in (first, second)]
+  def row(figure, of, other, wanted):
+    """What `of` changes where the other one is on, or off."""
+    pair, at = [(epsilon[other], x) for x in (ON, OFF)], "clipping"
+    if of == "clipping":
+      pair, at = [(epsilon[x], other) for x in (ON, OFF)], "penalty"
+    values = [arms[arm]._asdict()[figure] for arm in pair]
     if figure in ("step", "largest"):
-      logs = intervals.of_difference(*np.log(pair))
+      logs = intervals.of_difference(*np.log(values))
       interval = intervals.Interval(*map(float, np.exp(logs)))
     else:
-      interval = intervals.of_difference(*pair)
+      interval = intervals.of_difference(*values)
     true = {
       "below 1": interval.high < 1,
       "below 0": interval.high < 0,
       f"at least {-margin:g}": interval.low >= -margin,
       "": None,
     }[wanted]
-    return Difference(clip, figure, of, at, interval, wanted, true)
-
-  def clipping(figure, penalty, wanted):
-    pair = (clip, penalty), (no_clip, penalty)
-    return row(figure, "clipping", f"penalty {penalty}", *pair, wanted)
-
-  def penalty(figure, epsilon, wanted):
-    at = "clipping " + (OFF if epsilon == no_clip else ON)
-    return row(figure, "penalty", at, (epsilon, ON), (epsilon, OFF), wanted)
+    return Difference(clip, figure, of, f"{at} {other}", interval, wanted, true)
 
   less, no_less = "below 0", f"at least {-margin:g}"
   return [
-    clipping("step", OFF, "below 1"),
-    clipping("step", ON, "below 1"),
-    clipping("largest", OFF, "below 1"),
-    clipping("largest", ON, "below 1"),
-    penalty("kl", no_clip, less),
-    penalty("kl", clip, less),
-    clipping("gold", ON, no_less),
-    penalty("gold", clip, no_less),
-    clipping("kl", OFF, ""),
-    penalty("step", no_clip, ""),
+    row("step", "clipping", OFF, "below 1"),
+    row("step", "clipping", ON, "below 1"),
+    row("largest", "clipping", OFF, "below 1"),
+    row("largest", "clipping", ON, "below 1"),
+    row("kl", "penalty", OFF, less),
+    row("kl", "penalty", ON, less),
+    row("gold", "clipping", ON, no_less),
+    row("gold", "penalty", ON, no_less),
+    row("kl", "clipping", OFF, ""),
+    row("step", "penalty", OFF, ""),
   ]
 
 
@@ -190,36 +210,6 @@ def verdict(rows: list[Difference]) -> str:
     name = f"{row.clip:g}"
     true[name] = true.get(name, True) and (not row.wanted or bool(row.true))
   return study.verdict(true, "the clip range is")
-
-
-def _tables(
-  config: ConfigDict, arms: Arms, rows: list[Difference]
-) -> dict[str, study.Table]:
-  steps = config.training.train.steps
-  names = "gold", "gold_sd", "kl", "step", "largest", "clipped"
-  return {
-    "arms": study.Table(
-      f"Means over {config.seeds} seeds: gold reward, its spread over seeds"
-      f" (sd), and KL(π‖π_ref) over the last {config.last} of {steps} steps;"
-      " step: a run's median of KL(π_old‖π_new), and its largest; nats per"
-      " response; clipped: share of tokens",
-      ("clip", "penalty", *names),
-      [
-        (*arm, gold.mean(), gold.std(ddof=1), *(x.mean() for x in rest))
-        for arm, (gold, *rest) in arms.items()
-      ],
-    ),
-    "differences": study.table_of(
-      "What clipping, or the penalty, changes: mean of the seeds' differences"
-      " (nats per response, or gold reward), of steps the mean ratio; and its"
-      " 95 % interval",
-      rows,
-      split=True,
-    ),
-    "runs": toy_runs.every_run(
-      config, "Every run", ("clip", "penalty", "seed", *Runs._fields), arms
-    ),
-  }
 
 
 def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:

@@ -5,13 +5,14 @@ import math
 import struct
 import sys
 import types
+from typing import NamedTuple
 
 from matplotlib import figure as matplotlib_figure
 import pytest
 
 from configs import studies
 from rlhf_jax import errors
-from rlhf_jax.studies import limits, study
+from rlhf_jax.studies import intervals, limits, study
 
 
 def outcome(**changes):
@@ -166,6 +167,24 @@ def test_a_verdict_is_one_of_three(nothing, tmp_path, verdict, ok):
     with pytest.raises(ValueError, match="no verdict"):
       run(tmp_path)
   assert (tmp_path / "study.json").exists() == ok
+
+
+class Row(NamedTuple):
+  gain: intervals.Interval
+  late: intervals.Interval
+  name: str
+
+
+def test_intervals_of_a_table_split_into_columns():
+  interval = intervals.Interval
+  rows = [Row(interval(2, 1, 3), interval(5, 4, 6), "a")] * 2
+  table = study.table_of("", rows, before={"β": (0.1, 0.2)}, split=True)
+  assert table.columns == (
+    *("β", "gain", "low", "high", "late", "late_low", "late_high", "name"),
+  )
+  assert table.rows[1] == (0.2, 2, 1, 3, 5, 4, 6, "a")
+  whole = study.table_of("", rows)
+  assert whole.columns == Row._fields and whole.rows == rows
 
 
 def test_rows_have_a_cell_for_each_column(nothing, tmp_path):

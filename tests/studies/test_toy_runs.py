@@ -79,3 +79,15 @@ def test_an_input_that_is_gone_is_named(made):
       toy_runs.made(lab_in(opened), "more", config)
   (path / "elsewhere").rename(model)
   assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_run_stands_under_its_seed():
+  config = ConfigDict({"seed": 3, "seeds": 2})
+  arms = {("a", 0.1): ([1.0, 2.0], [5.0, 6.0]), ("b", 0.2): ([3.0, 4.0],) * 2}
+  table = toy_runs.every_run(config, "", ("arm", "β", "seed", "x", "y"), arms)
+  assert table.rows[:3] == [
+    ("a", 0.1, 3, 1.0, 5.0),
+    ("a", 0.1, 4, 2.0, 6.0),
+    ("b", 0.2, 3, 3.0, 3.0),
+  ]
+  assert not table.shown
