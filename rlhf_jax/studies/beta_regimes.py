@@ -311,26 +311,7 @@ def _tables(
 ) -> dict[str, study.Table]:
   bests = [betas[m.runs.best] for m in models]
   return {
-    "bands": study.Table(
-      "For each band of β: the claim's word; pairs of the reward model; means"
-      " of gold gained, reward units, with a 95 % interval over seeds, and of"
-      " KL, nats per response; how many runs end with less gold than the SFT"
-      " policy; whether all of its β are seen to do what the claim says. Under"
-      " the fewest pairs the conservative band is to have more gold than the"
-      " standard one",
-      ("β", "claim", "pairs", "gold", "KL", "lost", "agrees"),
-      [
-        (
-          *(band.name, band.word, m.pairs),
-          intervals.of_mean(gold_of(m.runs, band)),
-          m.runs.kl[list(band.places)].mean(),
-          _lost(m.runs, band),
-          agrees,
-        )
-        for band in bands
-        for m, agrees in zip(models, agreed[band.name])
-      ],
-    ),
+    "bands": _bands_table(bands, models, agreed),
     "models": study.Table(
       "Reward models: pairs; steps; correlation of score and gold on the SFT"
       " policy's responses; sd of raw scores; best β, and times the sd; the"
@@ -370,6 +351,34 @@ def _tables(
       },
     ),
   }
+
+
+def _bands_table(
+  bands: Sequence[Band],
+  models: Sequence[Model],
+  agreed: Mapping[str, Sequence[str]],
+) -> study.Table:
+  """What each band gains, and whether its β are what the claim says."""
+  return study.Table(
+    "For each band of β: the claim's word; pairs of the reward model; means"
+    " of gold gained, reward units, with a 95 % interval over seeds, and of"
+    " KL, nats per response; how many runs end with less gold than the SFT"
+    " policy; whether all of its β are seen to do what the claim says. Under"
+    " the fewest pairs the conservative band is to have more gold than the"
+    " standard one",
+    ("β", "claim", "pairs", "gold", "KL", "lost", "agrees"),
+    [
+      (
+        *(band.name, band.word, m.pairs),
+        intervals.of_mean(gold_of(m.runs, band)),
+        m.runs.kl[list(band.places)].mean(),
+        _lost(m.runs, band),
+        agrees,
+      )
+      for band in bands
+      for m, agrees in zip(models, agreed[band.name])
+    ],
+  )
 
 
 def _lost(runs: Runs, band: Band) -> str:

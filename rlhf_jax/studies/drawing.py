@@ -130,6 +130,15 @@ def lying(
   axis.set_ylim(len(names) - 0.5, -0.5)
 
 
+def name_rows(axis: Axes, names: Sequence[tuple[str, Any]]) -> None:
+  """A line across for each name, in its colour."""
+  axis.set_yticks(range(len(names)), [name for name, _ in names], fontsize=9)
+  for tick, (_, colour) in zip(axis.get_yticklabels(), names):
+    tick.set_color(colour)
+  axis.grid(axis="y", linewidth=0.4, alpha=0.5)
+  axis.set_axisbelow(True)
+
+
 def name_at(
   axis: Axes,
   name: str,

@@ -29,10 +29,9 @@ _STOP_IDS = (STOP,)
 
 
 class Figures(NamedTuple):
-  """Where a policy stands.
+  """Where a policy stands: J and J*, reward units; KLs from it, nats.
 
-  `value` J and `best` J* in reward units; `reached` is
-  (J − J(π_ref)) / (J* − J(π_ref)); the KLs, from the policy, are in nats.
+  `reached` is (J − J(π_ref)) / (J* − J(π_ref)).
   """
 
   value: Float[Array, "*N"]
@@ -57,18 +56,16 @@ class Oracle(NamedTuple):
 
   def figures(self, policy: exact.Levels, beta: Any) -> Figures:
     """What the definitions say of a policy."""
-    objective = functools.partial(
-      exact.objective,
-      reference=self.reference,
-      rewards=self.rewards,
-      beta=beta,
-      stop_ids=_STOP_IDS,
+    value, start = (
+      exact.objective(
+        levels, self.reference, self.rewards, beta=beta, stop_ids=_STOP_IDS
+      )
+      for levels in (policy, self.reference)
     )
+    best, optimum = self.optimum(beta)
     divergence = functools.partial(
       exact.sequence_kl, policy, stop_ids=_STOP_IDS
     )
-    value, start = objective(policy), objective(self.reference)
-    best, optimum = self.optimum(beta)
     return Figures(
       value,
       best,
@@ -84,35 +81,25 @@ class Oracle(NamedTuple):
 
     With a perfect critic and γ = λ = 1: what a step expects on its first
     minibatch is the gradient of their product, the probabilities held fixed.
-
-    Args:
-      logits: Of the policy that learns.
-      old: Of the one that sampled; a constant.
-      penalty: In rewards and loss.
-      beta: Reward units per nat.
+    `old` are the logits of the policy that sampled, a constant.
     """
-    size, vocab_size = len(old), old[0].shape[1]
     policy, reference = map(jnp.concatenate, (old, self.reference))
+    listing = exact.sequences(
+      vocab_size=policy.shape[1], response_length=len(old), stop_ids=_STOP_IDS
+    )
     model = listed.Model(
-      size,
+      len(old),
       _STOP_IDS,
       features=jnp.eye(len(policy)),
       policy=jax.lax.stop_gradient(policy),
       reference=reference,
-      listing=exact.sequences(
-        vocab_size=vocab_size, response_length=size, stop_ids=_STOP_IDS
-      ),
+      listing=listing,
     )
-    scores = exact.scores(self.rewards, model.listing)
+    scores = exact.scores(self.rewards, listing)
     rewards = measure.penalised_rewards(model, penalty, scores, beta=beta)
-    losses = measure.losses(
-      model,
-      penalty,
-      model.compare(jnp.concatenate(logits)),
-      rewards,
-      measure.true_values(model, rewards),
-      beta=beta,
-    )
+    values = measure.true_values(model, rewards)
+    new = model.compare(jnp.concatenate(logits))
+    losses = measure.losses(model, penalty, new, rewards, values, beta=beta)
     return losses, model.probabilities(model.policy)
 
   def noise(self, policy: exact.Levels, penalty: kl.Penalty, beta) -> Array:
@@ -120,8 +107,7 @@ class Oracle(NamedTuple):
     of = lambda logits: self.surrogates(logits, policy, penalty, beta)
     gradients = jax.jacrev(lambda logits: of(logits)[0])(policy)
     each = jnp.concatenate([g.reshape(len(g), -1) for g in gradients], axis=1)
-    weights = of(policy)[1]
-    return weights @ jnp.square(each - weights @ each).sum(1)
+    return measure.variance(each, of(policy)[1])
 
 
 class Task(NamedTuple):

@@ -8,7 +8,10 @@ are sums over all responses. What they are compared with is autodiff of the
 definitions, by `objective.exact` where it has them. Callers turn float64 on.
 """
 
+from collections.abc import Iterable
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +21,26 @@ import numpy as np
 from rlhf_jax.objective import advantages, kl, logprobs, policy_loss
 from rlhf_jax.studies import listed
 
+Name = tuple[str, str]  # A key of `kl.PENALTIES`.
+
+
+class Setting(NamedTuple):
+  """How PPO makes its loss; with these defaults nothing makes it wrong."""
+
+  gamma: float = 1.0
+  gae_lambda: float = 1.0
+  clip_epsilon: float = math.inf
+
+
+RIGHT = Setting()
+
 
 def penalised_rewards(
   model: listed.Model,
   penalty: kl.Penalty,
   scores: Float[Array, "S"],
   *,
-  beta: float,
+  beta: float | Array,
 ) -> Float[Array, "S R"]:
   """Rewards of all responses, sampled from `model.policy`."""
   old = model.compare(model.policy)
@@ -54,30 +70,24 @@ def losses(
   rewards: Float[Array, "S R"],
   values: Float[Array, "S R"],
   *,
-  beta: float,
-  gamma: float = 1.0,
-  gae_lambda: float = 1.0,
-  clip_epsilon: float = math.inf,
+  beta: float | Array,
+  setting: Setting = RIGHT,
 ) -> Float[Array, "S"]:
   """PPO's loss of each response, sampled from `model.policy`.
 
-  Args:
-    model: Whose responses.
-    penalty: Its part of the loss; the rewards have the other.
-    new: Of the policy that learns.
-    rewards: From `penalised_rewards`.
-    values: Of the critic.
-    beta: Reward units per nat.
-    gamma: Discount.
-    gae_lambda: λ.
-    clip_epsilon: ε; without one, nothing is clipped.
+  `new` is of the policy that learns, `rewards` are from `penalised_rewards`,
+  `values` are the critic's, and `beta` is in reward units per nat.
   """
   old = model.compare(model.policy)
   estimated, _ = advantages.generalized_advantages(
-    rewards, values, model.mask, gamma=gamma, gae_lambda=gae_lambda
+    rewards,
+    values,
+    model.mask,
+    gamma=setting.gamma,
+    gae_lambda=setting.gae_lambda,
   )
   loss, _ = policy_loss.clipped_policy_loss(
-    new.logprobs, old.logprobs, estimated, clip_epsilon=clip_epsilon
+    new.logprobs, old.logprobs, estimated, clip_epsilon=setting.clip_epsilon
   )
   if penalty.in_loss is not None:
     loss = loss + beta * penalty.in_loss(_terms(new, old))
@@ -97,17 +107,15 @@ def _terms(new: logprobs.Comparison, old: logprobs.Comparison) -> kl.Terms:
 def target_gradients(model: listed.Model) -> dict[str, Float[Array, "X"]]:
   """What the targets' names promise, by autodiff of their definitions."""
   weight = model.probabilities(model.policy)[:, None] * model.mask
-
-  def at_visited_states(kind: str):
-    def total(parameters):
-      return (weight * model.compare(parameters)._asdict()[kind]).sum()
-
-    return total
-
+  visited = lambda kind: (
+    lambda parameters: (
+      weight * model.compare(parameters)._asdict()[kind]
+    ).sum()
+  )
   definitions = {
     "sequence_reverse": lambda x: model.divergence(x, model.reference),
-    "token_reverse": at_visited_states("reverse_kl"),
-    "token_forward": at_visited_states("forward_kl"),
+    "token_reverse": visited("reverse_kl"),
+    "token_forward": visited("forward_kl"),
   }
   return {
     name: jax.grad(definition)(model.policy).ravel()
@@ -115,17 +123,23 @@ def target_gradients(model: listed.Model) -> dict[str, Float[Array, "X"]]:
   }
 
 
-def response_gradients(model: listed.Model) -> Float[Array, "K 2 S X"]:
+def response_gradients(
+  model: listed.Model,
+  penalties: Iterable[kl.Penalty],
+  *,
+  drawn: listed.Model | None = None,
+) -> Float[Array, "K 2 S X"]:
   """The gradient that each response gives, of the penalty alone, at β = 1.
 
-  Returns:
-    For each of the K penalties, without a critic and with a perfect one.
+  For each penalty, without a critic and with a perfect one; `drawn` has the
+  policy that draws the tokens, if `model` only scores them.
   """
   nothing = jnp.zeros(len(model.listing.tokens))
   terms = []
-  for penalty in kl.PENALTIES.values():
+  for penalty in penalties:
     rewards = penalised_rewards(model, penalty, nothing, beta=1.0)
-    critics = jnp.stack([jnp.zeros_like(rewards), true_values(model, rewards)])
+    values = true_values(drawn or model, rewards)
+    critics = jnp.stack([jnp.zeros_like(rewards), values])
     terms.append((penalty, rewards, critics))
 
   def loss(parameters):
@@ -140,13 +154,47 @@ def response_gradients(model: listed.Model) -> Float[Array, "K 2 S X"]:
   return gradients.reshape((len(terms), 2, len(nothing), model.policy.size))
 
 
-# Of gradients, on the host: of one `[X]`, or of all responses `[S, X]`.
+def under_top_p(
+  model: listed.Model, top_ps: Iterable[float], penalties: Iterable[Name]
+) -> Float[np.ndarray, "P 2 K 2"]:
+  """What penalties lack of ∇KL(π‖π_ref) where tokens are drawn with top-p.
+
+  For each top-p, scored by the policy, and by what drew (policy and reference
+  both on the policy's nuclei); for each penalty, with the critic that is
+  perfect for what is drawn: the error of its expected gradient, and the
+  standard deviation of a response's, in norms of ∇KL.
+  """
+  names, found = tuple(penalties), []
+  for drawn in (listed.truncated(model, top_p) for top_p in top_ps):
+    for scores in (model, drawn):
+      weights, wanted, gradients = jax.device_get(
+        _gradients(model[:2], names, scores[2:], drawn[2:])
+      )
+      errors = [relative_error(weights @ each, wanted) for each in gradients]
+      variances = np.array([variance(each, weights) for each in gradients])
+      noises = variances**0.5 / np.linalg.norm(wanted)
+      found.append(np.stack([errors, noises], axis=-1))
+  return np.reshape(found, (-1, 2, len(names), 2))
 
 
-def variance(gradients: np.ndarray, probabilities: np.ndarray) -> float:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(sizes, penalties, *arrays):
+  model, drawn = (listed.Model(*sizes, *x) for x in arrays)
+  rows = [kl.PENALTIES[name] for name in penalties]
+  return (
+    drawn.probabilities(drawn.policy),
+    target_gradients(model)["sequence_reverse"],
+    response_gradients(model, rows, drawn=drawn)[:, 1],
+  )
+
+
+# Of gradients: of one `[X]`, or of all responses `[S, X]`.
+
+
+def variance(gradients, probabilities):
   """Trace of the covariance of a response's gradient."""
   centred = gradients - probabilities @ gradients
-  return float(probabilities @ np.square(centred).sum(1))
+  return probabilities @ (centred * centred).sum(1)
 
 
 def sampled_distance(
@@ -156,14 +204,8 @@ def sampled_distance(
 
       D = n ‖mean of n − expectation‖² / variance,   E[D] = 1
 
-  Args:
-    gradients: Of all responses.
-    probabilities: Of all responses.
-    batches: Sampled rows of the listing, `[batches, n]`.
-
-  Returns:
-    The mean of D over the batches, and half of its 95 % interval; NaN where
-    all responses have the same gradient.
+  The mean of D over the batches, sampled rows of the listing `[batches, n]`,
+  and half of its 95 % interval; NaN where all responses have one gradient.
   """
   spread = variance(gradients, probabilities)
   if spread == 0:

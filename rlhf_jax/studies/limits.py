@@ -52,6 +52,19 @@ def at_least(low: float) -> Limit:
   return Limit(f"at least {low}", lambda x: x >= low)
 
 
+def divisor(whole: int, named: str) -> Limit:
+  """A number that divides another, which the message calls `named`."""
+  return Limit(f"a divisor of {named}", lambda x: x >= 1 and whole % x == 0)
+
+
+def different(each: Limit) -> Limit:
+  """One or more numbers of a kind, none of them twice."""
+  return Limit(
+    f"different numbers, each {each.wanted}",
+    lambda xs: len(xs) == len({*xs}) > 0 and all(map(each.holds, xs)),
+  )
+
+
 def steps_of(config: ConfigDict) -> Limit:
   """A number of steps that PPO has."""
   steps = config.training.train.steps

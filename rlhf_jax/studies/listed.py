@@ -35,7 +35,7 @@ class Model(NamedTuple):
 
   @property
   def mask(self) -> Bool[Array, "S R"]:
-    """Real tokens of the listed responses."""
+    """Which tokens of the listing are real."""
     return masking.response_mask(self.listing.lengths, self.response_length)
 
   @property
@@ -50,8 +50,7 @@ class Model(NamedTuple):
 
   def levels(self, parameters: Parameters) -> exact.Levels:
     """The logits as `objective.exact` wants them."""
-    ends = self.starts()[1:-1]
-    return tuple(jnp.split(self.features @ parameters, ends))
+    return tuple(jnp.split(self.features @ parameters, self.starts()[1:-1]))
 
   def token_logits(self, parameters: Parameters) -> Float[Array, "S R V"]:
     """Of all listed tokens; those beyond an end are another prefix's."""
@@ -69,9 +68,8 @@ class Model(NamedTuple):
 
   def divergence(self, policy: Parameters, other: Parameters) -> Array:
     """KL(policy‖other), nats per response."""
-    policy_levels, other_levels = map(self.levels, (policy, other))
     return exact.sequence_kl(
-      policy_levels, other_levels, stop_ids=self.stop_ids
+      self.levels(policy), self.levels(other), stop_ids=self.stop_ids
     )
 
 
@@ -85,25 +83,17 @@ def make(
 ) -> Model:
   """A random reference, and a policy that equals it.
 
-  Args:
-    rng: Draws reference and features.
-    vocab_size: V.
-    response_length: R.
-    stop_ids: End a response.
-    tied: Features that all prefixes share; 0: a table.
+  All prefixes share `tied` features; with 0 they are a table.
   """
   rows = sum(vocab_size**t for t in range(response_length))
   features = rng.normal(size=(rows, tied)) if tied else np.eye(rows)
   reference = jnp.asarray(rng.normal(size=(features.shape[1], vocab_size)))
+  listing = exact.sequences(
+    vocab_size=vocab_size, response_length=response_length, stop_ids=stop_ids
+  )
+  features = jnp.asarray(features)
   return Model(
-    response_length,
-    stop_ids,
-    jnp.asarray(features),
-    policy=reference,
-    reference=reference,
-    listing=exact.sequences(
-      vocab_size=vocab_size, response_length=response_length, stop_ids=stop_ids
-    ),
+    response_length, stop_ids, features, reference, reference, listing
   )
 
 
@@ -124,12 +114,8 @@ def moved(
   # The one that leads furthest: in others a policy that is far away writes the
   # same response nearly always.
   direction = max(draws, key=lambda draw: distance(model.reference + 10 * draw))
-  return [
-    model._replace(
-      policy=at_distance(distance, model.reference, direction, x, field=field)
-    )
-    for x in distances
-  ]
+  at = lambda x: at_distance(distance, model.reference, direction, x, field)
+  return [model._replace(policy=at(x)) for x in distances]
 
 
 def at_distance(
@@ -137,7 +123,6 @@ def at_distance(
   start: Parameters,
   direction: Parameters,
   nats: float,
-  *,
   field: str,
 ) -> Parameters:
   """`start` moved along a direction until `distance` is `nats`, by bisection.
@@ -158,6 +143,19 @@ def at_distance(
     middle = (low + high) / 2
     low, high = (middle, high) if at(middle) < nats else (low, middle)
   return start + high * direction
+
+
+def truncated(model: Model, top_p: float) -> Model:
+  """A table's policy on its nuclei, and the reference on the same.
+
+  Tokens beyond lose so many nats that they are never drawn: with −∞ both
+  logprobs, and so what is said of them, would be NaN.
+  """
+  kept = logprobs.filter_logits(model.policy, top_k=0, top_p=top_p)
+  lost = jnp.where(jnp.isneginf(kept), 60.0, 0.0)
+  return model._replace(
+    policy=model.policy - lost, reference=model.reference - lost
+  )
 
 
 def sample(model: Model, key: Array, count: int) -> Int[np.ndarray, "count"]:

@@ -22,7 +22,7 @@ import pathlib
 import re
 import time
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
@@ -33,12 +33,14 @@ from rich import table as rich_table
 from rich import text as rich_text
 
 from rlhf_jax import errors
+from rlhf_jax.stages import progress as progress_lib
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.studies import intervals, limits
 
 HOLDS = "holds"
 DOES_NOT_HOLD = "does not hold here"
 
+Item = TypeVar("Item")
 Cell = str | bool | int | float | intervals.Interval | None
 _WIDTH = 100  # columns; what every table fits into
 _FILE = "study.json"
@@ -51,6 +53,14 @@ class Lab(NamedTuple):
   config: ConfigDict
   workdir: workdir_lib.Workdir
   console: rich_console.Console
+
+  def each(self, items: Sequence[Item], name: str) -> Iterator[Item]:
+    """The items, while a line says how many of them are done."""
+    total = len(items)
+    with progress_lib.show(self.console, name, done=0, steps=total) as line:
+      for number, item in enumerate(items, start=1):
+        yield item
+        line.update(number, {})
 
 
 class Table(NamedTuple):

@@ -14,90 +14,63 @@ algorithm at every β; the other penalties with RLOO alone, at
 `config.wrong_betas`.
 """
 
-import math
+from typing import Any
 
 import jax
+from matplotlib import axes as matplotlib_axes
+from matplotlib import figure as matplotlib_figure
+from matplotlib import ticker
 from ml_collections import ConfigDict
-from rich import console as rich_console
+import numpy as np
 
 from rlhf_jax.stages import progress as progress_lib
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import enumerable, study
+from rlhf_jax.studies import drawing, enumerable, intervals, limits, study
 from rlhf_jax.studies.closed_form import arms as arms_lib
-from rlhf_jax.studies.closed_form import dpo as dpo_lib
-from rlhf_jax.studies.closed_form import figure as figure_lib
 from rlhf_jax.studies.closed_form import runs
 
 _BY = {"sampled": "sampled", "rao_blackwellised": "rao-bl.", "pairs": "pairs"}
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  differ = lambda xs: len(xs) > 0 and len(set(xs)) == len(xs)
-  positive = lambda x: 0 < x < math.inf
-  among = lambda names: lambda xs: differ(xs) and set(xs) <= {*names}
-  divides = lambda whole: lambda x: x >= 1 and whole % x == 0
+  """Refuses fields that make no sense."""
   batch, steps, top = config.batch_size, config.steps, config.evaluations
-  for wanted, holds, fields in (
-    (
-      "different numbers above 0",
-      lambda xs: differ(xs) and all(map(positive, xs)),
-      "betas wrong_betas",
-    ),
-    (
-      f"different ones of {', '.join(arms_lib.RIGHT)}, RLOO among them",
-      lambda xs: among(arms_lib.RIGHT)(xs) and "RLOO" in xs,
-      "algorithms",
-    ),
-    (
-      f"different ones of {', '.join(arms_lib.WRONG)}",
-      among(arms_lib.WRONG),
-      "wrong",
-    ),
-    ("2 to 8", lambda x: 2 <= x <= 8, "vocab_size"),
-    ("2 to 5", lambda x: 2 <= x <= 5, "response_length"),
-    ("a multiple of 4", lambda x: x > 0 and x % 4 == 0, "width"),
-    ("0 to 2**32 − 1", lambda x: 0 <= x < 2**32, "task_seed"),
-    (
-      "at least 1",
-      lambda x: x >= 1,
-      "batch_size steps epochs prediction_steps other_tasks",
-    ),
-    ("at least 2", lambda x: x >= 2, "seeds"),
-    (f"a divisor of steps={steps}", divides(steps), "evaluations"),
-    (f"1 to evaluations={top}", lambda x: 1 <= x <= top, "last"),
-    ("even", lambda x: x % 2 == 0, "batch_size"),
-    (
-      f"a divisor of half of batch_size={batch}",
-      divides(batch // 2),
-      "minibatches",
-    ),
-    (
-      f"at least 2, and a divisor of batch_size={batch}",
-      lambda x: x >= 2 and batch % x == 0,
-      "group_size",
-    ),
-    ("above 0", positive, "learning_rate"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "b2"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
-  ):
-    study.require(config, wanted, holds, *fields.split())
+  several = limits.some_of(arms_lib.RIGHT)
+  limits.check(
+    config,
+    {
+      "betas wrong_betas": limits.different(limits.FINITE_ABOVE_0),
+      "algorithms": limits.Limit(
+        f"{several.wanted}, RLOO among them",
+        lambda xs: several.holds(xs) and "RLOO" in xs,
+      ),
+      "wrong": limits.some_of(arms_lib.WRONG),
+      "vocab_size": limits.between(2, 8),
+      "response_length": limits.between(2, 5),
+      "width": limits.Limit("a multiple of 4", lambda x: x > 0 and x % 4 == 0),
+      "task_seed": limits.between(0, 2**32 - 1, "2**32 − 1"),
+      "batch_size": limits.Limit("even", lambda x: x >= 2 and x % 2 == 0),
+      "steps epochs prediction_steps other_tasks": limits.at_least(1),
+      "seeds": limits.at_least(2),
+      "evaluations": limits.divisor(steps, f"steps={steps}"),
+      "last": limits.between(1, top, f"evaluations={top}"),
+      "minibatches": limits.divisor(batch // 2, f"half of batch_size={batch}"),
+      "group_size": limits.Limit(
+        f"at least 2, and a divisor of batch_size={batch}",
+        lambda x: x >= 2 and batch % x == 0,
+      ),
+      "learning_rate": limits.FINITE_ABOVE_0,
+      "b2": limits.Limit("in [0, 1)", lambda x: 0 <= x < 1),
+      "gamma gae_lambda": limits.between(0, 1),
+    },
+  )
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Trains all arms; minutes, of which nothing is kept."""
-  del workdir
+  config = lab.config
   task = enumerable.make(config, seed=config.task_seed)
   others = [enumerable.make(config, seed=i) for i in range(config.other_tasks)]
-  trained = _train(task, config, console)
+  trained = _train(lab, task)
   with jax.enable_x64(True):
     ways = arms_lib.ways(task, config, trained)
     normalised = [
@@ -113,37 +86,24 @@ def run(
     verdict=verdict(arms),
     paragraph=_paragraph(arms, normalised, noise, plateaus),
     tables=_tables(config, ways, normalised, noise, plateaus),
-    figure=figure_lib.draw(ways, samples=config.steps * config.batch_size),
+    figure=_draw(ways, samples=config.steps * config.batch_size),
   )
 
 
-def _train(task, config, console):
+def _train(lab, task):
   """Every program with its policies."""
-  programs = arms_lib.programs(config)
-  steps = len(programs) * config.evaluations
-  trained = []
+  programs = arms_lib.programs(lab.config)
+  steps = len(programs) * lab.config.evaluations
+  done, trained = iter(range(1, steps + 1)), []
   with progress_lib.show(
-    console, "closed_form", done=0, steps=steps
+    lab.console, "closed_form", done=0, steps=steps
   ) as progress:
+    tell = lambda: progress.update(next(done), {})
     for program in programs:
       progress.note(program.algorithm)
-      done = iter(range(len(trained) * config.evaluations + 1, steps + 1))
-      members = runs.members(
-        program.betas, seeds=config.seeds, key=jax.random.key(config.seed)
+      trained.append(
+        (program, runs.train(task, lab.config, program, tell=tell))
       )
-      tell = lambda done=done: progress.update(next(done), {})
-      if program.algorithm == arms_lib.DPO:
-        policies = dpo_lib.train(task, config, members, tell=tell)
-      else:
-        policies = runs.train(
-          task,
-          config,
-          program.penalties,
-          members,
-          program.settings,
-          tell=tell,
-        )
-      trained.append((program, policies))
   return trained
 
 
@@ -155,22 +115,21 @@ def verdict(arms: list[arms_lib.Arm]) -> str:
   arms are at the optimum, and for the wrong penalties that are where they were
   predicted. Without any of either it does not hold.
   """
-  kept = lambda field, of: [
-    value
-    for value in dict.fromkeys(arm._asdict()[field] for arm in of)
-    if all(a.as_claimed for a in of if a._asdict()[field] == value)
-  ]
-  right = [arm for arm in arms if arm.is_right]
-  wrong = [arm for arm in arms if arm.is_wrong]
-  betas, penalties = kept("beta", right), kept("penalty", wrong)
-  if not betas or not penalties:
+  right, wrong = {}, {}
+  for arm in arms:
+    name, of = (arm.penalty, wrong) if arm.is_wrong else (arm.beta, right)
+    if arm.is_wrong or arm.is_right:
+      of[name] = of.get(name, True) and arm.as_claimed
+  if not any(right.values()) or not any(wrong.values()):
     return study.DOES_NOT_HOLD
-  conditions = []
-  if not all(arm.as_claimed for arm in right):
-    names = " or ".join(f"{beta:g}" for beta in betas)
-    conditions.append(f"the β of the sequence's KL is {names}")
-  if not all(arm.as_claimed for arm in wrong):
-    conditions.append(f"the other penalty is {' or '.join(penalties)}")
+  conditions = [
+    f"{what} {' or '.join(f'{name:{form}}' for name in of if of[name])}"
+    for what, of, form in (
+      ("the β of the sequence's KL is", right, "g"),
+      ("the other penalty is", wrong, ""),
+    )
+    if not all(of.values())
+  ]
   if not conditions:
     return study.HOLDS
   return study.holds_when(" and ".join(conditions))
@@ -179,6 +138,7 @@ def verdict(arms: list[arms_lib.Arm]) -> str:
 def _tables(config, ways, normalised, noise, plateaus):
   samples = config.steps * config.batch_size
   counted = f"{config.seeds} seeds, {samples:,} responses each"
+  arms = [way.arm._replace(estimator=_BY[way.arm.estimator]) for way in ways]
   tables = {
     "arms": study.Table(
       "Share of J* − J(π_ref) that is reached, the mean and its 95 % interval"
@@ -188,17 +148,14 @@ def _tables(config, ways, normalised, noise, plateaus):
         *("algorithm", "penalty", "by", "beta", "share", "low", "high"),
         *("pred.", "to π*", "to π_ref"),
       ),
-      [way.arm._replace(estimator=_BY[way.arm.estimator]) for way in ways],
+      arms,
     ),
     "runs": study.Table(
       "Share of J* − J(π_ref) that each seed reaches",
       ("algorithm", "penalty", "by", "beta", "seed", "share"),
       [
-        (
-          *(way.arm.algorithm, way.arm.penalty, _BY[way.arm.estimator]),
-          *(way.arm.beta, seed, float(share)),
-        )
-        for way in ways
+        (*arm[:4], seed, share)
+        for arm, way in zip(arms, ways)
         for seed, share in enumerate(way.shares)
       ],
       shown=False,
@@ -209,11 +166,10 @@ def _tables(config, ways, normalised, noise, plateaus):
       ("beta", "start", "start, rao-bl.", "end", "end, rao-bl."),
       noise,
     ),
-    "plateaus": study.Table(
+    "plateaus": study.table_of(
       f"The exact gradient of J on {config.other_tasks} other random tasks:"
       f" share of them where it reaches {arms_lib.ENOUGH:.0%}, and the least"
       " that it reaches",
-      arms_lib.Plateaus._fields,
       plateaus,
     ),
   }
@@ -231,7 +187,7 @@ def _tables(config, ways, normalised, noise, plateaus):
 def _paragraph(arms, normalised, noise, plateaus) -> str:
   right = [arm for arm in arms if arm.is_right]
   wrong = [arm for arm in arms if arm.is_wrong]
-  dpo = [arm for arm in right if arm.algorithm == arms_lib.DPO]
+  dpo = [arm for arm in right if arm.algorithm == runs.DPO]
   there = sum(arm.as_claimed for arm in right)
   worst = min(right, key=lambda arm: arm.low)
   apart = max(wrong, key=lambda arm: arm.apart)
@@ -274,4 +230,86 @@ def _paragraph(arms, normalised, noise, plateaus) -> str:
 
 
 def _share(arm: arms_lib.Arm) -> str:
-  return f"{arm.reached:.2%} ({arm.low:.2%} to {arm.high:.2%})"
+  return f"{intervals.Interval(arm.reached, arm.low, arm.high):.2%}"
+
+
+_COLOURS = ("tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown")
+_REACHED, _WRONG, _OTHER = "tab:blue", "tab:red", "0.45"
+_LINES = {
+  "sampled": ("-", "sampled"),
+  "rao_blackwellised": (":", "Rao-Blackwellised"),
+  "pairs": ("--", "DPO"),
+}
+
+
+def _draw(
+  ways: list[arms_lib.Way], *, samples: int
+) -> matplotlib_figure.Figure:
+  """J, KL(π‖π*) and the ends of the wrong targets, side by side."""
+  figure, (left, middle, right) = drawing.panels(
+    (14.5, 4.8), 3, width_ratios=(1, 1, 1.2)
+  )
+  learnt = [way for way in ways if way.arm.is_right]
+  betas = sorted({way.arm.beta for way in learnt})
+  colours = dict(zip(betas, _COLOURS * len(betas)))
+  for way in learnt:
+    colour, evaluations = colours[way.arm.beta], len(way.value)
+    x = samples * np.arange(1, evaluations + 1) / evaluations
+    left.plot(x, way.value, color=colour, alpha=0.6, lw=1)
+    left.axhline(way.best, ls="--", color=colour, lw=1)
+    line = {"color": colour, "alpha": 0.8, "lw": 1.2}
+    middle.plot(x, way.to_optimum, _LINES[way.arm.estimator][0], **line)
+  for beta, colour in colours.items():
+    left.plot([], [], color=colour, label=f"β = {beta:g}")
+  left.plot([], [], "--", color="0.4", label="J*")
+  for estimator in dict.fromkeys(way.arm.estimator for way in learnt):
+    style, label = _LINES[estimator]
+    middle.plot([], [], style, color="0.4", label=label)
+  left.set_xscale("log")
+  left.xaxis.set_minor_formatter(ticker.NullFormatter())
+  middle.set_yscale("log")
+  seen = "responses seen"
+  drawing.say(left, "J(π) of the right arms", seen, "reward units")
+  drawing.say(middle, "How far from π*?", seen, "KL(π‖π*), nats per response")
+  for axis in (left, middle):
+    axis.xaxis.set_major_formatter(ticker.EngFormatter())
+    axis.legend(frameon=False, fontsize=9)
+  _ends(right, [way.arm for way in ways])
+  return figure
+
+
+def _ends(axis: matplotlib_axes.Axes, arms: list[arms_lib.Arm]) -> None:
+  """What is lacking at the end, a row for each penalty and algorithm."""
+  rows: dict[tuple[str, str], list[arms_lib.Arm]] = {}
+  for arm in arms:
+    name, colour = arm.algorithm, _OTHER
+    if arm.is_wrong:
+      name, colour = arm.penalty, _WRONG
+    elif arm.is_right:
+      name, colour = f"{name}, {_BY[arm.estimator]}", _REACHED
+    rows.setdefault((name, colour), []).append(arm)
+  lacking = lambda share: max(1 - share, 1e-5)
+  predicted: dict[str, Any] = {
+    "marker": "d",
+    "mfc": "none",
+    "mec": "black",
+    "linestyle": "",
+  }
+  for place, ((_, colour), of) in enumerate(rows.items()):
+    for arm in of:
+      ends = lacking(arm.high), lacking(arm.low)
+      axis.plot(ends, [place] * 2, color=colour, lw=2, alpha=0.4)
+      axis.plot(lacking(arm.reached), place, "o", color=colour, ms=6)
+      if arm.is_wrong:
+        axis.plot(lacking(arm.predicted), place, ms=11, **predicted)
+  axis.axvline(1 - arms_lib.ENOUGH, ls="--", color="0.4", lw=1)
+  axis.plot([], [], "o", color="0.4", label="reached, a dot a β")
+  axis.plot([], [], ms=9, label="predicted", **predicted)
+  enough = f"{1 - arms_lib.ENOUGH:.0%}"
+  axis.plot([], [], "--", color="0.4", lw=1, label=enough)
+  axis.set_xscale("log")
+  drawing.name_rows(axis, [*rows])
+  drawing.say(axis, "What is lacking at the end?", "(J* − J) / (J* − J(π_ref))")
+  # Below the rows, which leave no place free.
+  axis.set_ylim(len(rows) + 0.6, -0.7)
+  axis.legend(frameon=False, fontsize=9, loc="lower center", ncols=3)

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_jax.objective import kl
 from rlhf_jax.studies import enumerable, intervals
+from rlhf_jax.studies import kl_measurements as measure
 from rlhf_jax.studies.closed_form import runs
 
 SEQUENCE = "sequence_reverse"
@@ -22,28 +23,18 @@ SAMPLED = (SEQUENCE, "sampled")
 RAO_BLACKWELLISED = (SEQUENCE, "rao_blackwellised")
 PAIRS = (SEQUENCE, "pairs")  # DPO's: its loss is of preferences
 NORMALISED = "GRPO, norm."
-DPO = "DPO"
 RIGHT: dict[str, dict[str, Any]] = {
   "PPO": {"advantages": "gae", "gae_lambda": 1.0},
   "RLOO": {"advantages": "rloo"},
   "REINFORCE++": {"advantages": "reinforce_pp"},
   "GRPO": {"advantages": "grpo", "normalise_groups": False},
-  DPO: {},
+  runs.DPO: {},
 }
 WRONG = {name: key for key in kl.PENALTIES if (name := key[0]) != SEQUENCE}
 
 ENOUGH = 0.99  # share of J* − J(π_ref) that a right arm reaches
 TOLERANCE = 0.02  # of that share, between what is reached and predicted
 _NO_SPREAD = 1e-6  # β σ of a policy that always writes the same
-
-
-class Program(NamedTuple):
-  """Arms that are compiled together: penalties, and the βs of each."""
-
-  algorithm: str
-  settings: dict[str, Any]
-  penalties: Sequence[runs.PenaltyName]
-  betas: Sequence[tuple[float, ...]]
 
 
 class Arm(NamedTuple):
@@ -95,7 +86,7 @@ class Arm(NamedTuple):
 class Way(NamedTuple):
   """How an arm came there, medians of the seeds at each evaluation.
 
-  `shares` are what each seed reached at the end.
+  `shares` are what each seed reached at the end; `best` is J*.
   """
 
   arm: Arm
@@ -134,43 +125,36 @@ class Plateaus(NamedTuple):
   lowest: float
 
 
-def programs(config: ConfigDict) -> list[Program]:
+def programs(config: ConfigDict) -> list[runs.Program]:
   """All that is trained."""
+  # Near π* the penalised reward of all responses is the same. Whitening, which
+  # is what REINFORCE++ has for a baseline, makes noise of what is left.
+  plain = lambda settings: (
+    {"whiten_advantages": settings["advantages"] == "reinforce_pp"} | settings
+  )
   both = (SAMPLED, RAO_BLACKWELLISED), (config.betas, config.betas)
   one = (SAMPLED,), (config.betas,)
   wrong = tuple(WRONG[name] for name in config.wrong)
   penalties = {
     "PPO": both,
     "RLOO": (both[0] + wrong, both[1] + len(wrong) * (config.wrong_betas,)),
-    DPO: ((PAIRS,), (config.betas,)),
+    runs.DPO: ((PAIRS,), (config.betas,)),
   }
-  chosen = [
-    Program(
-      name,
-      {} if name == DPO else _settings(RIGHT[name]),
-      *penalties.get(name, one),
-    )
-    for name in config.algorithms
-  ]
-  others = {NORMALISED: {"advantages": "grpo"}}
-  for name, field in (("λ", "gae_lambda"), ("γ", "gamma")):
-    label = f"PPO, {name} = {config[field]:g}"
-    others[label] = RIGHT["PPO"] | {field: config[field]}
+  settings = {name: RIGHT[name] for name in config.algorithms}
   if config.others:
-    chosen += [Program(n, _settings(s), *one) for n, s in others.items()]
-  return chosen
-
-
-def _settings(settings: dict[str, Any]) -> dict[str, Any]:
-  # Near π* the penalised reward of all responses is the same. Whitening, which
-  # is what REINFORCE++ has for a baseline, makes noise of what is left.
-  whiten = settings["advantages"] == "reinforce_pp"
-  return {"whiten_advantages": whiten} | settings
+    settings[NORMALISED] = {"advantages": "grpo"}
+    for name, field in (("λ", "gae_lambda"), ("γ", "gamma")):
+      changed = RIGHT["PPO"] | {field: config[field]}
+      settings[f"PPO, {name} = {config[field]:g}"] = changed
+  return [
+    runs.Program(name, of and plain(of), *penalties.get(name, one))
+    for name, of in settings.items()
+  ]
 
 
 def predictions(
   task: enumerable.Task, config: ConfigDict
-) -> dict[tuple[runs.PenaltyName, float], float]:
+) -> dict[tuple[measure.Name, float], float]:
   """Share of J* − J(π_ref) that every penalty leads to, at every β."""
   wrong = [WRONG[name] for name in config.wrong]
   penalties = (SAMPLED, RAO_BLACKWELLISED, *wrong)
@@ -197,7 +181,7 @@ def predictions(
 def ways(
   task: enumerable.Task,
   config: ConfigDict,
-  trained: Sequence[tuple[Program, runs.Trained]],
+  trained: Sequence[tuple[runs.Program, runs.Trained]],
 ) -> list[Way]:
   """Every arm, in the order of its training."""
   predicted = predictions(task, config)
@@ -208,36 +192,24 @@ def ways(
     for beta in betas
   ]
   figures = _figures(task, names, [of.levels for _, of in trained])
-  by_arm = lambda x: x.reshape(len(x), len(names), -1).transpose(1, 0, 2)
+  by_arm = [
+    x.reshape(len(x), len(names), -1).transpose(1, 0, 2) for x in figures
+  ]
+  last = lambda x: x[-config.last :].mean(0)
+  median = lambda x: np.median(x, axis=1)
   found = []
-  for (
-    algorithm,
-    penalty,
-    beta,
-  ), value, best, reached, optimum, reference in zip(
-    names, *map(by_arm, figures)
-  ):
-    last = lambda x: x[-config.last :].mean(0)
-    shares = last(reached)
-    has_prediction = algorithm in RIGHT and algorithm != DPO
-    mean, low, high = intervals.of_mean(shares)
-    gradient, estimator = penalty
+  for name, value, best, reached, optimum, reference in zip(names, *by_arm):
+    (algorithm, (gradient, estimator), beta), shares = name, last(reached)
+    has_prediction = algorithm in RIGHT and algorithm != runs.DPO
+    prediction = (gradient, estimator), beta
     arm = Arm(
-      algorithm,
-      gradient,
-      estimator,
-      beta,
-      reached=mean,
-      low=low,
-      high=high,
-      predicted=predicted[penalty, beta] if has_prediction else None,
+      *(algorithm, gradient, estimator, beta, *intervals.of_mean(shares)),
+      predicted=predicted[prediction] if has_prediction else None,
       to_optimum=float(np.median(last(optimum))),
       to_reference=float(np.median(last(reference))),
     )
-    median = lambda x: np.median(x, axis=1)
-    found.append(
-      Way(arm, shares, float(best.max()), median(value), median(optimum))
-    )
+    curves = median(value), median(optimum)
+    found.append(Way(arm, shares, float(best.max()), *curves))
   return found
 
 
@@ -283,7 +255,7 @@ def normalised(
     jnp.asarray(effective, float),
   )
   medians = [np.median(x.reshape(len(config.betas), -1), axis=1) for x in rows]
-  return [Normalised(*map(float, row)) for row in zip(*medians)]
+  return [Normalised(*row) for row in zip(*medians)]
 
 
 def noise(task: enumerable.Task, config: ConfigDict) -> list[Noise]:
@@ -298,8 +270,8 @@ def noise(task: enumerable.Task, config: ConfigDict) -> list[Noise]:
     each = [oracle.noise(end, row, beta) for end in ends for row in rows]
     return beta, *each
 
-  found = variances(jnp.array(config.betas))
-  return [Noise(*map(float, row)) for row in zip(*found)]
+  found = jax.device_get(variances(jnp.array(config.betas)))
+  return [Noise(*row) for row in zip(*found)]
 
 
 def plateaus(
@@ -323,7 +295,7 @@ def plateaus(
 
   found = np.asarray(reached(policies, scores, jnp.array(config.betas)))
   return [
-    Plateaus(beta, float((column >= ENOUGH).mean()), float(column.min()))
+    Plateaus(beta, (column >= ENOUGH).mean(), column.min())
     for beta, column in zip(config.betas, found.T)
   ]
 

@@ -31,11 +31,10 @@ class Row(NamedTuple):
   top_k: float
 
 
-def measured(config: ConfigDict, rng: np.random.Generator) -> list[Row]:
-  """A row for each distance, all in one direction from the reference."""
-  start = listed.make(
-    rng, vocab_size=config.vocab_size, response_length=config.response_length
-  )
+def table(config: ConfigDict, rng: np.random.Generator) -> study.Table:
+  """A `Row` for each distance, all in one direction from the reference."""
+  vocab_size, size = config.vocab_size, config.response_length
+  start = listed.make(rng, vocab_size=vocab_size, response_length=size)
   models = listed.moved(
     start, rng, config.distances, field="estimates.distances"
   )
@@ -48,21 +47,14 @@ def measured(config: ConfigDict, rng: np.random.Generator) -> list[Row]:
   rows = []
   for nats, model in zip(config.distances, models):
     found = moments(model.policy, model.reference)
-    mean, sd = jax.tree.map(float, found)
-    of = {"kl": nats, "forward": mean["forward"], "top_k": mean["top_k"]}
-    for name in ("k1", "k2", "k3", "exact"):
-      of |= {f"sd_{name}": sd[name], f"bias_{name}": mean[name] - nats}
-    rows.append(Row(**of))
-  return rows
-
-
-def table(config: ConfigDict, rows: list[Row]) -> study.Table:
-  """For people."""
+    means, deviations = jax.tree.map(float, found)
+    biases = [mean - nats for mean in means[:4]]
+    row = nats, *deviations[:4], *biases, *means[4:]
+    rows.append(Row(*row))
   return study.Table(
     "Estimates of KL(π‖π_ref), nats per response: standard deviation and bias"
-    f" (V={config.vocab_size} R={config.response_length}); the exact forward KL"
-    " at the visited states; the distance of the top-k bounds,"
-    f" k={config.top_k}",
+    f" (V={vocab_size} R={size}); the exact forward KL at the visited states;"
+    f" the distance of the top-k bounds, k={config.top_k}",
     Row._fields,
     rows,
   )
@@ -77,18 +69,11 @@ def _moments(model: listed.Model, *, top_k: int):
     for x in (model.policy, model.reference)
   )
   lower, upper = kl.exact_top_k(log_p, log_q, k=top_k)
-  per_token = {
-    "k1": kl.k1(log_ratio),
-    "k2": kl.k2(log_ratio),
-    "k3": kl.k3(log_ratio),
-    "exact": of.reverse_kl,
-    "forward": of.forward_kl,
-    "top_k": upper - lower,
-  }
+  estimates = *(k(log_ratio) for k in (kl.k1, kl.k2, kl.k3)), of.reverse_kl
   weights = model.probabilities(model.policy)
-  means, deviations = {}, {}
-  for name, nats in per_token.items():
+  means, deviations = [], []
+  for nats in (*estimates, of.forward_kl, upper - lower):
     total = jnp.where(model.mask, nats, 0.0).sum(1)
-    means[name] = weights @ total
-    deviations[name] = jnp.sqrt(weights @ jnp.square(total - means[name]))
+    means.append(weights @ total)
+    deviations.append(jnp.sqrt(weights @ jnp.square(total - means[-1])))
   return means, deviations

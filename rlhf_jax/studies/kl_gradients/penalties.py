@@ -1,6 +1,6 @@
 """Every KL penalty against its target, and against the sequence's KL."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import math
 from typing import NamedTuple
 
@@ -47,9 +47,9 @@ class OfModel(NamedTuple):
 def models(
   config: ConfigDict, rng: np.random.Generator
 ) -> Iterator[tuple[str, dict[float, listed.Model]]]:
-  """Stops and none, pads that stop and that are words, tied prefixes.
+  """Names, and models by their distance from the reference.
 
-  By name, and by the distance from the reference.
+  Stops and none, pads that stop and that are words, tied prefixes.
   """
   middle = sorted(config.distances)[len(config.distances) // 2]
   for name, distances, vocab_size, response_length, stop_ids, tied in (
@@ -58,13 +58,8 @@ def models(
     ("V=4 R=4, stops 0 2", (middle,), 4, 4, (0, 2), 0),
     ("V=3 R=4, stop 1, tied", (middle,), 3, 4, (1,), 5),
   ):
-    model = listed.make(
-      rng,
-      vocab_size=vocab_size,
-      response_length=response_length,
-      stop_ids=stop_ids,
-      tied=tied,
-    )
+    sizes = {"vocab_size": vocab_size, "response_length": response_length}
+    model = listed.make(rng, **sizes, stop_ids=stop_ids, tied=tied)
     moved = listed.moved(model, rng, distances, field="distances")
     yield name, dict(zip(distances, moved))
 
@@ -82,56 +77,42 @@ def on_models(
   def measurements(policy):
     model = any_model._replace(policy=policy)
     targets = measure.target_gradients(model)
-    gradients = measure.response_gradients(model)
+    gradients = measure.response_gradients(model, kl.PENALTIES.values())
     return targets, gradients, model.probabilities(policy)
 
   shape = len(kl.PENALTIES), config.batches, config.responses // config.batches
   rows = {}
   for nats, model in models.items():
     key = jax.random.key(rng.integers(2**32))
-    sampled = listed.sample(model, key, math.prod(shape)).reshape(shape)
+    batches = listed.sample(model, key, math.prod(shape)).reshape(shape)
     targets, gradients, weights = jax.device_get(measurements(model.policy))
-    rows[f"{name}, {nats:g} nats"] = _of_penalties(
-      targets, gradients, weights, sampled
-    )
-  return rows
-
-
-def _of_penalties(targets, gradients, weights, batches) -> list[OfPenalty]:
-  nothing = np.full_like(targets[_SEQUENCE], math.nan)
-  rows = []
-  for ((name, estimator), penalty), (alone, with_critic), sampled in zip(
-    kl.PENALTIES.items(), gradients, batches
-  ):
-    expected = weights @ alone
-    target = targets.get(penalty.target, nothing)
-    errors = [
-      measure.relative_error(weights @ each, target)
-      for each in (alone, with_critic)
+    rows[f"{name}, {nats:g} nats"] = [
+      _of_penalty(names, targets, both, weights, drawn)
+      for names, both, drawn in zip(kl.PENALTIES, gradients, batches)
     ]
-    distance, half_width = measure.sampled_distance(alone, weights, sampled)
-    rows.append(
-      OfPenalty(
-        penalty=name,
-        estimator=estimator,
-        where=_where(penalty),
-        target=penalty.target or None,
-        error=float(np.max(errors)),
-        cosine=measure.cosine(expected, target),
-        to_sequence=measure.relative_error(expected, targets[_SEQUENCE]),
-        variance=measure.variance(alone, weights),
-        variance_v=measure.variance(with_critic, weights),
-        sampled=distance,
-        half_width=half_width,
-      )
-    )
   return rows
 
 
-def _where(penalty: kl.Penalty) -> str:
-  if penalty.in_reward is None:
-    return "loss"
-  return "reward" if penalty.in_loss is None else "both"
+def _of_penalty(
+  names: measure.Name, targets, gradients, weights, batches
+) -> OfPenalty:
+  penalty, (alone, with_critic) = kl.PENALTIES[names], gradients
+  nothing = np.full_like(targets[_SEQUENCE], math.nan)
+  target = targets.get(penalty.target, nothing)
+  expected = weights @ alone
+  errors = [measure.relative_error(weights @ x, target) for x in gradients]
+  where = "reward" if penalty.in_loss is None else "both"
+  return OfPenalty(
+    *names,
+    "loss" if penalty.in_reward is None else where,
+    penalty.target or None,
+    float(np.max(errors)),
+    measure.cosine(expected, target),
+    measure.relative_error(expected, targets[_SEQUENCE]),
+    measure.variance(alone, weights),
+    measure.variance(with_critic, weights),
+    *measure.sampled_distance(alone, weights, batches),
+  )
 
 
 def of_model(name: str, rows: list[OfPenalty]) -> OfModel:
@@ -142,58 +123,51 @@ def of_model(name: str, rows: list[OfPenalty]) -> OfModel:
   ours = [row.error for row in rows if row.penalty in kl.TARGETS]
   others = [row.to_sequence for row in rows if row.penalty not in kl.TARGETS]
   return OfModel(
-    model=name,
-    ours=float(np.max(ours)),
-    published=float(np.min(others)),
-    sampled=sampled.variance,
-    rao_bl=rao_bl.variance,
-    sampled_v=sampled.variance_v,
-    rao_bl_v=rao_bl.variance_v,
-    inside=sum(abs(row.sampled - 1) <= row.half_width for row in rows),
+    name,
+    float(np.max(ours)),
+    float(np.min(others)),
+    *(sampled.variance, rao_bl.variance),
+    *(sampled.variance_v, rao_bl.variance_v),
+    sum(abs(row.sampled - 1) <= row.half_width for row in rows),
   )
 
 
 def tables(
-  rows: dict[str, list[OfPenalty]], models: list[OfModel]
+  rows: Mapping[str, list[OfPenalty]], models: list[OfModel]
 ) -> dict[str, study.Table]:
   """Over all models, by model, and everything."""
   over_models = study.Table(
     f"Expected gradients on {len(rows)} models. error, cosine: to the target's,"
     " the worst; least, most: relative error to the gradient of the sequence's"
     " reverse KL",
-    (
-      *("penalty", "estimator", "where", "target"),
-      *("error", "cosine", "least", "most"),
-    ),
+    (*OfPenalty._fields[:6], "least", "most"),
     [
       (
         *of[0][:4],
-        float(np.max([row.error for row in of])),
-        float(np.min([row.cosine for row in of])),
-        float(np.min([row.to_sequence for row in of])),
-        float(np.max([row.to_sequence for row in of])),
+        np.max([row.error for row in of]),
+        np.min([row.cosine for row in of]),
+        np.min([row.to_sequence for row in of]),
+        np.max([row.to_sequence for row in of]),
       )
       for of in zip(*rows.values())
     ],
   )
-  by_model = study.Table(
+  by_model = study.table_of(
     "By model. ours: largest error to a target; published: smallest error to"
     " the sequence's KL; variance of the sequence KL's gradient, sampled and"
     " Rao-Blackwellised, without a critic and with a perfect one (v); inside:"
     f" how many of {len(kl.PENALTIES)} 95 % intervals of sampled gradients hold"
     " the expectation",
-    OfModel._fields,
     models,
   )
   everything = {
-    f"gradients: {name}": study.Table(
+    f"gradients: {name}": study.table_of(
       "error, cosine: of the expected gradient to the target's (error: the"
       " larger one without and with a critic); to_sequence: relative error to"
       " that of the sequence's reverse KL; variance: trace of"
       " the covariance of a response's gradient, without a critic and with a"
       " perfect one (v); sampled: n |mean − expectation|² / variance, over"
       " batches of n samples, in theory 1, and half of its 95 % interval",
-      OfPenalty._fields,
       of,
       shown=False,
     )
