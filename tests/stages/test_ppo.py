@@ -6,9 +6,11 @@ The models are not trained: what is shown here holds for any.
 import dataclasses
 import itertools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 import tokenizers
@@ -16,7 +18,7 @@ import tokenizers
 from configs import defaults
 from rlhf_jax import errors
 from rlhf_jax.models import transformer
-from rlhf_jax.stages import alarms, pipeline
+from rlhf_jax.stages import alarms, loop, pipeline
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.storage import pretrained
 from rlhf_jax.storage import workdir as workdir_lib
@@ -373,3 +375,35 @@ def test_an_alarm_is_printed_once(train, monkeypatch, capsys):
   printed = capsys.readouterr().out
   assert printed.count("alarm: ") == 1
   assert "ppo step 0 alarm: rollout/logprob_max_abs_diff = " in printed
+
+
+def test_the_config_goes_through_few_modules(models, tmp_path, monkeypatch):
+  """Who follows it from the start of a run to the loop meets at most twenty."""
+  met, called = set(), []
+
+  def note(frame, event, _):
+    name = frame.f_globals.get("__name__", "")
+    if event == "call" and name.startswith("rlhf_jax."):
+      code = frame.f_code
+      names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+      arguments = [frame.f_locals.get(n) for n in names]
+      if any(isinstance(x, ConfigDict) for x in arguments):
+        met.add(name)
+
+  def drive(*_, **__):
+    sys.setprofile(None)
+    called.append(True)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop, "drive", drive)
+  config = tiny(
+    f"policy.path={models / 'policy'}", f"reward.path={models / 'reward_a'}"
+  )
+  sys.setprofile(note)
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      pipeline.run(config, str(tmp_path / "run"), resume=False)
+  finally:
+    sys.setprofile(None)
+  assert called and "rlhf_jax.settings.static" in met
+  assert len(met) <= 20, sorted(met)
