@@ -43,11 +43,7 @@ def full() -> ConfigDict:
   config.prompts = 512  # held out, that the SFT policy answers
   config.most = 0.8  # of the best β's gain in gold, that "standard" reaches
   config.little = 0.2  # of the largest gain in proxy, that is "barely moving"
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
-  config.training.train.steps = 40
-  config.training.checkpoint.every = 1000
-  config.training.checkpoint.keep = 1
+  studies.add_training(config, steps=40)
   config.lock()
   return config
 

@@ -10,7 +10,7 @@ may add (+0.04); the best is cosine with +0.05 (-0.20 to +0.30).
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -26,11 +26,7 @@ def full() -> ConfigDict:
   config.target = 4.0  # of ziegler and dual, nats per response
   config.seeds = 4  # from config.seed on; each is a run of every arm
   config.last = 15  # steps that are the end of a run
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
-  config.training.train.steps = 60
-  config.training.checkpoint.keep = 1
-  config.training.checkpoint.every = 1000
+  studies.add_training(config, steps=60)
   config.lock()
   return config
 

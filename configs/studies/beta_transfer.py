@@ -14,7 +14,7 @@ The grid of β is coarse: neighbours differ by a factor of about 3.
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -40,11 +40,7 @@ def full() -> ConfigDict:
   config.last = 10  # steps at the end that are averaged
   config.fails = 0.1  # of a task's gain; a regret above it is a failure
   config.held = 0.25  # of a target: one that is farther off was not held
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
-  config.training.train.steps = 50
-  config.training.checkpoint.every = 1000
-  config.training.checkpoint.keep = 1
+  studies.add_training(config, steps=50)
   config.lock()
   return config
 

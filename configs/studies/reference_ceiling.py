@@ -11,7 +11,7 @@ between references 60 steps of PPO leave 36% (26% to 47%) under β = 0.05, 43%
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -30,11 +30,7 @@ def full() -> ConfigDict:
   config.betas = (0.05, 0.2, 1.0)  # reward units per nat
   config.seeds = 3  # from config.seed on; each is a run of every arm
   config.last = 20  # steps that are the end of a run
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
-  config.training.train.steps = 60
-  config.training.checkpoint.keep = 1
-  config.training.checkpoint.every = 1000
+  studies.add_training(config, steps=60)
   config.lock()
   return config
 

@@ -16,8 +16,9 @@ their ratio, the difference of their logarithms.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -46,7 +47,7 @@ Arms = Mapping[tuple[float, str], Runs]
 
 
 class Difference(NamedTuple):
-  """What clipping, or the penalty, changes: mean and 95 % interval.
+  """What clipping, or the penalty, changes.
 
   A ratio, of steps; a difference otherwise. `wanted` is what the claim says of
   it, `true` whether the interval is there; of some figures it says nothing.
@@ -56,9 +57,7 @@ class Difference(NamedTuple):
   figure: str
   of: str
   at: str
-  mean: float
-  low: float
-  high: float
+  mean: intervals.Interval
   wanted: str
   true: bool | None
 
@@ -100,7 +99,30 @@ def run(lab: study.Lab) -> study.Outcome:
   return study.Outcome(
     verdict=verdict(rows),
     paragraph=_paragraph(config, arms, rows),
-    tables=_tables(config, arms, rows),
+    tables={
+      "arms": study.Table(
+        f"Means over {config.seeds} seeds: gold reward, its spread over seeds"
+        f" (sd), and KL(π‖π_ref) over the last {config.last} of"
+        f" {config.training.train.steps} steps; step: a run's median of"
+        " KL(π_old‖π_new), and its largest; nats per response; clipped: share"
+        " of tokens",
+        ("clip", "penalty", "gold", "gold_sd", *Runs._fields[1:]),
+        [
+          (*arm, gold.mean(), gold.std(ddof=1), *(x.mean() for x in rest))
+          for arm, (gold, *rest) in arms.items()
+        ],
+      ),
+      "differences": study.table_of(
+        "What clipping, or the penalty, changes: mean of the seeds' differences"
+        " (nats per response, or gold reward), of steps the mean ratio; and its"
+        " 95 % interval",
+        rows,
+        split=True,
+      ),
+      "runs": toy_runs.every_run(
+        config, "Every run", ("clip", "penalty", "seed", *Runs._fields), arms
+      ),
+    },
     figure=_draw(arms, begun.gold),
   )
 
@@ -145,42 +167,39 @@ def differences(
   both together lose no gold to either alone. What each does to the other's
   figure is reported beside it.
   """
+  epsilon = {ON: clip, OFF: no_clip}
 
-  def row(figure, of, at, first, second, wanted):
-    pair = [arms[arm]._asdict()[figure] for arm in (first, second)]
+  def row(figure, of, other, wanted):
+    """What `of` changes where the other one is on, or off."""
+    pair, at = [(epsilon[other], x) for x in (ON, OFF)], "clipping"
+    if of == "clipping":
+      pair, at = [(epsilon[x], other) for x in (ON, OFF)], "penalty"
+    values = [arms[arm]._asdict()[figure] for arm in pair]
     if figure in ("step", "largest"):
-      logs = intervals.of_difference(*np.log(pair))
+      logs = intervals.of_difference(*np.log(values))
       interval = intervals.Interval(*map(float, np.exp(logs)))
     else:
-      interval = intervals.of_difference(*pair)
+      interval = intervals.of_difference(*values)
     true = {
       "below 1": interval.high < 1,
       "below 0": interval.high < 0,
       f"at least {-margin:g}": interval.low >= -margin,
       "": None,
     }[wanted]
-    return Difference(clip, figure, of, at, *interval, wanted, true)
-
-  def clipping(figure, penalty, wanted):
-    pair = (clip, penalty), (no_clip, penalty)
-    return row(figure, "clipping", f"penalty {penalty}", *pair, wanted)
-
-  def penalty(figure, epsilon, wanted):
-    at = "clipping " + (OFF if epsilon == no_clip else ON)
-    return row(figure, "penalty", at, (epsilon, ON), (epsilon, OFF), wanted)
+    return Difference(clip, figure, of, f"{at} {other}", interval, wanted, true)
 
   less, no_less = "below 0", f"at least {-margin:g}"
   return [
-    clipping("step", OFF, "below 1"),
-    clipping("step", ON, "below 1"),
-    clipping("largest", OFF, "below 1"),
-    clipping("largest", ON, "below 1"),
-    penalty("kl", no_clip, less),
-    penalty("kl", clip, less),
-    clipping("gold", ON, no_less),
-    penalty("gold", clip, no_less),
-    clipping("kl", OFF, ""),
-    penalty("step", no_clip, ""),
+    row("step", "clipping", OFF, "below 1"),
+    row("step", "clipping", ON, "below 1"),
+    row("largest", "clipping", OFF, "below 1"),
+    row("largest", "clipping", ON, "below 1"),
+    row("kl", "penalty", OFF, less),
+    row("kl", "penalty", ON, less),
+    row("gold", "clipping", ON, no_less),
+    row("gold", "penalty", ON, no_less),
+    row("kl", "clipping", OFF, ""),
+    row("step", "penalty", OFF, ""),
   ]
 
 
@@ -193,40 +212,8 @@ def verdict(rows: list[Difference]) -> str:
   return study.verdict(true, "the clip range is")
 
 
-def _tables(
-  config: ConfigDict, arms: Arms, rows: list[Difference]
-) -> dict[str, study.Table]:
-  steps = config.training.train.steps
-  names = "gold", "gold_sd", "kl", "step", "largest", "clipped"
-  return {
-    "arms": study.Table(
-      f"Means over {config.seeds} seeds: gold reward, its spread over seeds"
-      f" (sd), and KL(π‖π_ref) over the last {config.last} of {steps} steps;"
-      " step: a run's median of KL(π_old‖π_new), and its largest; nats per"
-      " response; clipped: share of tokens",
-      ("clip", "penalty", *names),
-      [
-        (*arm, gold.mean(), gold.std(ddof=1), *(x.mean() for x in rest))
-        for arm, (gold, *rest) in arms.items()
-      ],
-    ),
-    "differences": study.table_of(
-      "What clipping, or the penalty, changes: mean of the seeds' differences"
-      " (nats per response, or gold reward), of steps the mean ratio; and its"
-      " 95 % interval",
-      rows,
-    ),
-    "runs": toy_runs.every_run(
-      config, "Every run", ("clip", "penalty", "seed", *Runs._fields), arms
-    ),
-  }
-
-
 def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
-  of = {
-    (r.clip, r.figure, r.of, r.at): intervals.Interval(r.mean, r.low, r.high)
-    for r in rows
-  }
+  of = {row[:4]: row.mean for row in rows}
 
   def times(clip, figure, what, at):
     mean, low, high = of[clip, figure, what, at]
@@ -273,7 +260,7 @@ def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
   )
 
 
-def _draw(arms: Arms, start: float) -> drawing.Figure:
+def _draw(arms: Arms, start: float) -> matplotlib_figure.Figure:
   """Step and distance of every arm; gold by clip range."""
   figure, (left, right) = drawing.panels((11, 4.4), 2)
   clips = list(dict.fromkeys(clip for clip, _ in arms))
@@ -283,20 +270,16 @@ def _draw(arms: Arms, start: float) -> drawing.Figure:
     (0.1, OFF, "tab:orange", "s", "without"),
   ):
     mine = [arms[clip, penalty] for clip in clips]
-    style = {"color": colour, "marker": marker}
+    style: dict[str, Any] = {"color": colour, "marker": marker}
     for runs, name in zip(mine, names):
       drawing.cloud(left, runs.step, runs.kl, **style)
       drawing.name_at(left, name, (runs.step.mean(), runs.kl.mean()), (4, 6))
-    left.plot(
-      *np.mean([(r.step, r.kl) for r in mine], axis=2).T, label=label, **style
-    )
+    steps, kls = np.mean([(runs.step, runs.kl) for runs in mine], axis=2).T
+    left.plot(steps, kls, label=label, **style)
     places = np.arange(len(clips)) + shift
-    golds = [intervals.of_mean(runs.gold) for runs in mine]
-    drawing.bars(right, places, golds, **style)
-    for place, runs in zip(places, mine):
-      right.plot(
-        [place + 0.06] * len(runs.gold), runs.gold, ".", color="0.6", zorder=0
-      )
+    golds = np.array([runs.gold for runs in mine])
+    drawing.bars(right, places, [intervals.of_mean(x) for x in golds], **style)
+    right.plot(places + 0.06, golds, ".", color="0.6", zorder=0)
   drawing.log_scale(left, "x")
   drawing.log_scale(left, "y")
   drawing.say(

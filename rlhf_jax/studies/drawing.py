@@ -47,14 +47,11 @@ def say(axis: Axes, title: str, x: str, y: str = "", size: int = 10) -> None:
   axis.set_ylabel(y)
 
 
-def legend(figure: Figure, axis: Axes, columns: int) -> None:
+def legend(figure: Figure, axis: Axes, columns: int, **style: Any) -> None:
   """One legend for all panels, below them."""
-  figure.legend(
-    *axis.get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=columns,
-    frameon=False,
-  )
+  style = {"loc": "outside lower center", "frameon": False} | style
+  handles, labels = axis.get_legend_handles_labels()
+  figure.legend(handles, labels, ncols=columns, **style)
 
 
 def log_scale(axis: Axes, which: str, labelled: Sequence[int] = (2, 5)) -> None:

@@ -86,11 +86,21 @@ def is_rising(
   )
 
 
-def some_of(names: Collection[str]) -> Limit:
-  """One or more of the names, none of them twice."""
+def rising(count: int, *, above: float = -math.inf) -> Limit:
+  """At least `count` rising numbers, all larger than `above`."""
+  least = "" if above == -math.inf else f" above {above:g}"
   return Limit(
-    f"different ones of {', '.join(names)}",
-    lambda xs: len(xs) == len({*xs}) > 0 and {*xs} <= {*names},
+    f"{count} or more rising numbers{least}",
+    lambda xs: is_rising(xs, count=count, above=above),
+  )
+
+
+def some_of(names: Collection[str], *, least: int = 1) -> Limit:
+  """At least so many of the names, none of them twice."""
+  more = f"{least} or more " if least > 1 else ""
+  return Limit(
+    f"{more}different ones of {', '.join(names)}",
+    lambda xs: len(xs) == len({*xs}) >= least and {*xs} <= {*names},
   )
 
 

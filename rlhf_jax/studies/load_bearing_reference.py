@@ -304,11 +304,11 @@ def _tables(config, arms, comparisons) -> dict[str, study.Table]:
       ("method", "other", *both, "better"),
       [(*of, *gold, *nats, is_) for *of, gold, nats, is_ in comparisons],
     ),
-    "seeds": study.table_of_seeds(
+    "seeds": toy_runs.every_run(
+      config,
       "Every policy: means of its responses",
-      ("method", "reference"),
+      ("method", "reference", "seed", *Arm._fields),
       arms,
-      toy_runs.seeds(config),
     ),
   }
 

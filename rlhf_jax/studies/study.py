@@ -85,6 +85,7 @@ def table_of(
   rows: Sequence[Any],
   *,
   before: Mapping[str, Sequence[Cell]] = MappingProxyType({}),
+  split: bool = False,
   shown: bool = True,
 ) -> Table:
   """A table of records, whose columns are the names of their fields.
@@ -93,39 +94,30 @@ def table_of(
     caption: See `Table`.
     rows: One or more named tuples of one kind.
     before: Columns that stand in front, a cell a row.
+    split: An interval has three columns: of the first one in a row they are
+      its name, `low` and `high`; of others the last two begin with its name.
     shown: See `Table`.
   """
   cells = zip(*before.values(), strict=True) if before else [()] * len(rows)
+  named = [_split(row) if split else row._asdict() for row in rows]
   return Table(
     caption,
-    (*before, *rows[0]._fields),
-    [(*first, *row) for first, row in zip(cells, rows, strict=True)],
+    (*before, *named[0]),
+    [(*first, *row.values()) for first, row in zip(cells, named, strict=True)],
     shown,
   )
 
 
-def table_of_seeds(
-  caption: str,
-  names: Sequence[str],
-  arms: Mapping[Any, Any],
-  seeds: Sequence[int],
-) -> Table:
-  """A table, which is not shown, of what every seed of each arm came to.
-
-  Args:
-    caption: See `Table`.
-    names: The columns that name an arm.
-    arms: Named tuples of one kind, whose fields have a figure a seed; by as
-      many names, or by one.
-    seeds: In the figures' order.
-  """
-  fields = next(iter(arms.values()))._fields
-  rows = [
-    (*(name if isinstance(name, tuple) else (name,)), seed, *figures)
-    for name, arm in arms.items()
-    for seed, *figures in zip(seeds, *arm, strict=True)
-  ]
-  return Table(caption, (*names, "seed", *fields), rows, shown=False)
+def _split(row: Any) -> dict[str, Cell]:
+  cells = {}
+  for name, cell in row._asdict().items():
+    if isinstance(cell, intervals.Interval):
+      part = f"{name}_" if "low" in cells else ""
+      names = name, f"{part}low", f"{part}high"
+      cells |= dict(zip(names, cell))
+    else:
+      cells[name] = cell
+  return cells
 
 
 class Outcome(NamedTuple):
@@ -305,7 +297,7 @@ def _rich_table(table: dict[str, Any]) -> rich_table.Table:
   return shown
 
 
-def _text(cell: str | float | None) -> str:
+def _text(cell: str | bool | int | float | None) -> str:
   if cell is None:
     return "–"
   if isinstance(cell, bool):

@@ -197,10 +197,10 @@ def members(path: pathlib.Path) -> list[Member]:
 
 
 def swept(
-  lab: study.Lab, name: str, config: ConfigDict, begun: Start
+  lab: study.Lab, name: str, config: ConfigDict, begun: Start, note: str = ""
 ) -> list[Member]:
-  """The members of a sweep that begins at the start."""
-  return members(made(lab, name, from_start(config, begun)))
+  """The members of a sweep that begins at the start; see `made`."""
+  return members(made(lab, name, from_start(config, begun), note))
 
 
 def by_beta(found: Sequence[Member]) -> dict[float, list[Member]]:

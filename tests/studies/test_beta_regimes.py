@@ -12,25 +12,32 @@ import numpy as np
 import pytest
 
 from configs.studies import beta_regimes as config_file
-from rlhf_jax import errors
-from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.studies import beta_regimes, held_out, intervals, study, toy_runs
-from rlhf_jax.studies.beta_regimes import rule, tables
 
-BANDS = rule.bands(
+BANDS = beta_regimes.bands_of(
   [
-    (rule.HACKS, (0.0, 0.01)),
-    (rule.STANDARD, (0.02, 0.1)),
-    (rule.CONSERVATIVE, (0.2, 0.5)),
-    (rule.BARELY, (2.0, 5.0)),
+    (beta_regimes.HACKS, (0.0, 0.01)),
+    (beta_regimes.STANDARD, (0.02, 0.1)),
+    (beta_regimes.CONSERVATIVE, (0.2, 0.5)),
+    (beta_regimes.BARELY, (2.0, 5.0)),
   ]
 )
 # What folklore says, β by β: the proxy falls, gold rises and falls.
 PROXY = [2.0, 1.9, 1.5, 1.4, 0.9, 0.8, 0.2, 0.1]
 GOLD = [-2.0, 0.2, 1.2, 1.1, 0.7, 0.5, 0.2, 0.1]
 AS_SAID = [
-  *(rule.HACKS, rule.HACKS, rule.STANDARD, rule.STANDARD),
-  *(rule.CONSERVATIVE, rule.CONSERVATIVE, rule.BARELY, rule.BARELY),
+  *(
+    beta_regimes.HACKS,
+    beta_regimes.HACKS,
+    beta_regimes.STANDARD,
+    beta_regimes.STANDARD,
+  ),
+  *(
+    beta_regimes.CONSERVATIVE,
+    beta_regimes.CONSERVATIVE,
+    beta_regimes.BARELY,
+    beta_regimes.BARELY,
+  ),
 ]
 
 
@@ -41,11 +48,11 @@ def planted(proxy, gold, noise=0.02, seeds=3):
   around = lambda means: (
     np.array(means)[:, None] + noise * rng.normal(size=shape)
   )
-  return rule.Runs(around(proxy), around(gold), np.ones(shape))
+  return beta_regimes.Runs(around(proxy), around(gold), np.ones(shape))
 
 
 def words(runs):
-  return rule.regimes(runs, most=0.8, little=0.2)
+  return beta_regimes.regimes(runs, most=0.8, little=0.2)
 
 
 def interval(low, high):
@@ -64,7 +71,7 @@ def test_bands_have_names_and_places():
     [4, 5],
     [6, 7],
   ]
-  assert rule.bands([("x", (0.3,))])[0].name == "0.3"
+  assert beta_regimes.bands_of([("x", (0.3,))])[0].name == "0.3"
 
 
 def test_folklore_is_seen_where_it_is_so():
@@ -75,45 +82,54 @@ def test_a_planted_reversal():
   """The same gains, β by β the other way round."""
   seen = words(planted(PROXY[::-1], GOLD[::-1]))
   assert seen == AS_SAID[::-1]
-  agreed = rule.agreements([seen, seen], BANDS, interval(-2, -1))
-  assert rule.verdict(agreed) == study.DOES_NOT_HOLD
+  agreed = beta_regimes.agreements([seen, seen], BANDS, interval(-2, -1))
+  assert beta_regimes.verdict(agreed) == study.DOES_NOT_HOLD
 
 
 def test_gold_that_follows_the_proxy_is_never_hacked():
   seen = words(planted(PROXY, PROXY))
-  assert seen[:2] == [rule.STANDARD, rule.STANDARD]
-  assert rule.HACKS not in seen
+  assert seen[:2] == [beta_regimes.STANDARD, beta_regimes.STANDARD]
+  assert beta_regimes.HACKS not in seen
 
 
 def test_noise_is_unclear():
   seen = words(planted(PROXY, GOLD, noise=5.0))
-  assert set(seen) == {rule.UNCLEAR}
+  assert set(seen) == {beta_regimes.UNCLEAR}
 
 
 @pytest.mark.parametrize(
   ("moves", "enough", "above", "word"),
   [
-    ((-2, -1), (1, 2), (1, 2), rule.BARELY),  # First of all.
-    ((-1, 1), (0, 2), (1, 2), rule.STANDARD),
-    ((-1, 1), (-2, -1), (1, 2), rule.HACKS),
-    ((-1, 1), (-2, -1), (-2, -1), rule.CONSERVATIVE),
-    ((-1, 1), (-2, -1), (-1, 1), rule.UNCLEAR),
-    ((-1, 1), (-1, 1), (1, 2), rule.UNCLEAR),
-    ((np.nan, np.nan), (np.nan, np.nan), (np.nan, np.nan), rule.UNCLEAR),
+    ((-2, -1), (1, 2), (1, 2), beta_regimes.BARELY),  # First of all.
+    ((-1, 1), (0, 2), (1, 2), beta_regimes.STANDARD),
+    ((-1, 1), (-2, -1), (1, 2), beta_regimes.HACKS),
+    ((-1, 1), (-2, -1), (-2, -1), beta_regimes.CONSERVATIVE),
+    ((-1, 1), (-2, -1), (-1, 1), beta_regimes.UNCLEAR),
+    ((-1, 1), (-1, 1), (1, 2), beta_regimes.UNCLEAR),
+    (
+      (np.nan, np.nan),
+      (np.nan, np.nan),
+      (np.nan, np.nan),
+      beta_regimes.UNCLEAR,
+    ),
   ],
 )
 def test_the_word_of_intervals(moves, enough, above, word):
-  assert rule._word(interval(*moves), interval(*enough), interval(*above)) == (
-    word
-  )
+  assert beta_regimes._word(
+    interval(*moves), interval(*enough), interval(*above)
+  ) == (word)
 
 
 def test_what_seeds_have_alike_cancels():
   """Prompts, and the SFT policy's figure: they move all β of a seed."""
   runs = planted(PROXY, GOLD, seeds=4)
   of_seeds = np.array([3.0, -2.0, 1.0, -4.0])
-  moved = rule.Runs(runs.proxy + of_seeds, runs.gold + of_seeds, runs.kl)
-  pair = [rule.more_gold(of, BANDS[2], BANDS[1]) for of in (runs, moved)]
+  moved = beta_regimes.Runs(
+    runs.proxy + of_seeds, runs.gold + of_seeds, runs.kl
+  )
+  pair = [
+    beta_regimes.more_gold(of, BANDS[2], BANDS[1]) for of in (runs, moved)
+  ]
   np.testing.assert_allclose(*pair)
 
 
@@ -125,8 +141,12 @@ def test_more_beta_are_no_more_observations():
   half = 3.182446 * (0.65 / 3) ** 0.5 / 2
   for count in (1, 20):
     gold = of_seeds.repeat(count, axis=0)
-    first, second = rule.bands([("", range(count)), ("", range(count))])
-    found = rule.more_gold(rule.Runs(gold, gold, gold), first, second)
+    first, second = beta_regimes.bands_of(
+      [("", range(count)), ("", range(count))]
+    )
+    found = beta_regimes.more_gold(
+      beta_regimes.Runs(gold, gold, gold), first, second
+    )
     assert found == pytest.approx((0.55, 0.55 - half, 0.55 + half))
 
 
@@ -134,24 +154,26 @@ def test_a_collapse_at_one_beta_widens_no_other():
   """Without a penalty runs differ by far more than their neighbours."""
   runs = planted(PROXY, GOLD, seeds=4)
   runs.gold[0] += np.array([-9.0, 5.0, 7.0, -3.0])
-  assert words(runs) == [rule.UNCLEAR, *AS_SAID[1:]]
+  assert words(runs) == [beta_regimes.UNCLEAR, *AS_SAID[1:]]
 
 
 # The verdict.
 
 
 def verdict(first, second, useful):
-  return rule.verdict(rule.agreements([first, second], BANDS, useful))
+  return beta_regimes.verdict(
+    beta_regimes.agreements([first, second], BANDS, useful)
+  )
 
 
 def test_all_bands_hold():
   # Under the weakest reward model the conservative band is useful instead.
-  weakest = AS_SAID[:4] + [rule.STANDARD] * 2 + AS_SAID[6:]
+  weakest = AS_SAID[:4] + [beta_regimes.STANDARD] * 2 + AS_SAID[6:]
   assert verdict(weakest, AS_SAID, interval(0.1, 0.3)) == study.HOLDS
 
 
 def test_a_band_must_be_right_under_all_reward_models():
-  other = [rule.STANDARD, *AS_SAID[1:]]
+  other = [beta_regimes.STANDARD, *AS_SAID[1:]]
   for pair in ((other, AS_SAID), (AS_SAID, other)):
     assert verdict(*pair, interval(0.1, 0.3)) == (
       "holds when β is 0.02 to 0.1 or 0.2 to 0.5 or 2 to 5"
@@ -166,7 +188,7 @@ def test_the_conservative_band_must_be_useful(useful):
 
 
 def test_unclear_is_no_agreement():
-  unclear = [rule.UNCLEAR] * 8
+  unclear = [beta_regimes.UNCLEAR] * 8
   found = verdict(unclear, unclear, interval(-1, 1))
   assert found == study.DOES_NOT_HOLD
 
@@ -174,31 +196,31 @@ def test_unclear_is_no_agreement():
 @pytest.mark.parametrize(
   ("seen", "agreement"),
   [
-    ((rule.HACKS, rule.HACKS), rule.AGREES),
-    ((rule.HACKS, rule.UNCLEAR), rule.UNCLEAR),
-    ((rule.UNCLEAR, rule.UNCLEAR), rule.UNCLEAR),
-    ((rule.HACKS, rule.STANDARD), rule.DIFFERS),
-    ((rule.UNCLEAR, rule.STANDARD), rule.DIFFERS),
+    ((beta_regimes.HACKS, beta_regimes.HACKS), beta_regimes.AGREES),
+    ((beta_regimes.HACKS, beta_regimes.UNCLEAR), beta_regimes.UNCLEAR),
+    ((beta_regimes.UNCLEAR, beta_regimes.UNCLEAR), beta_regimes.UNCLEAR),
+    ((beta_regimes.HACKS, beta_regimes.STANDARD), beta_regimes.DIFFERS),
+    ((beta_regimes.UNCLEAR, beta_regimes.STANDARD), beta_regimes.DIFFERS),
   ],
 )
 def test_agreement_of_a_band(seen, agreement):
   words = [*seen, *AS_SAID[2:]]
-  found = rule.agreements([AS_SAID, words], BANDS, interval(1, 2))
-  assert found["0 to 0.01"] == [rule.AGREES, agreement]
+  found = beta_regimes.agreements([AS_SAID, words], BANDS, interval(1, 2))
+  assert found["0 to 0.01"] == [beta_regimes.AGREES, agreement]
 
 
 @pytest.mark.parametrize(
   ("useful", "agreement"),
   [
-    ((0.1, 0.3), rule.AGREES),
-    ((-0.1, 0.3), rule.UNCLEAR),
-    ((-0.3, -0.1), rule.DIFFERS),
-    ((np.nan, np.nan), rule.UNCLEAR),
+    ((0.1, 0.3), beta_regimes.AGREES),
+    ((-0.1, 0.3), beta_regimes.UNCLEAR),
+    ((-0.3, -0.1), beta_regimes.DIFFERS),
+    ((np.nan, np.nan), beta_regimes.UNCLEAR),
   ],
 )
 def test_agreement_on_usefulness(useful, agreement):
-  found = rule.agreements([AS_SAID, AS_SAID], BANDS, interval(*useful))
-  assert found["0.2 to 0.5"] == [agreement, rule.AGREES]
+  found = beta_regimes.agreements([AS_SAID, AS_SAID], BANDS, interval(*useful))
+  assert found["0.2 to 0.5"] == [agreement, beta_regimes.AGREES]
 
 
 def test_the_paragraph_follows_what_is_seen():
@@ -207,12 +229,16 @@ def test_the_paragraph_follows_what_is_seen():
 
   def paragraph(*models):
     models = [
-      rule.Model(pairs, 40, 0.5, 1.0, runs, words(runs))
+      beta_regimes.Model(pairs, 40, 0.5, 1.0, runs, words(runs))
       for pairs, runs in zip((128, 4096), models)
     ]
-    useful = [rule.more_gold(m.runs, BANDS[2], BANDS[1]) for m in models]
-    agreed = rule.agreements([m.words for m in models], BANDS, useful[0])
-    return tables.paragraph(config, betas, BANDS, models, agreed, useful)
+    useful = [
+      beta_regimes.more_gold(m.runs, BANDS[2], BANDS[1]) for m in models
+    ]
+    agreed = beta_regimes.agreements(
+      [m.words for m in models], BANDS, useful[0]
+    )
+    return beta_regimes.paragraph(config, betas, BANDS, models, agreed, useful)
 
   as_said, noise = planted(PROXY, GOLD), planted(PROXY, GOLD, noise=5.0)
   reverse = planted(PROXY[::-1], GOLD[::-1])
@@ -259,21 +285,11 @@ def test_gains_by_hand():
 # The study.
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp("beta_regimes") / "run"
-  study.run(config_file.get_config("reduced"), str(path), resume=False)
-  return path
-
-
 def read(path):
   return json.loads(path.read_text())
 
 
-def test_what_it_leaves_behind(workdir):
-  record = read(workdir / "study.json")
-  assert (workdir / "figure.png").stat().st_size > 10_000
-  tables = record["tables"]
+def test_what_it_leaves_behind(workdir, tables):
   assert list(tables) == ["bands", "models", "betas", "runs"]
   bands = [row[:3] for row in tables["bands"]["rows"]]
   assert bands == [
@@ -310,12 +326,8 @@ def test_reward_models_differ_in_their_pairs_only(workdir):
     assert sweep["policy"]["path"] == str(workdir / "sft")
 
 
-def test_resume_trains_nothing_again(workdir, monkeypatch):
-  monkeypatch.setattr(ppo_stage, "train", None)
-  before = read(workdir / "study.json")
-  (workdir / "study.json").unlink()
-  study.run(config_file.get_config("reduced"), str(workdir), resume=True)
-  assert read(workdir / "study.json")["tables"] == before["tables"]
+def test_resume_trains_nothing_again(resume):
+  resume()
 
 
 @pytest.mark.parametrize(
@@ -349,9 +361,6 @@ def test_resume_trains_nothing_again(workdir, monkeypatch):
     ("training.kl.beta=1", "config.training.kl.beta: 1.0; wanted 0.05: the"),
   ],
 )
-def test_fields_that_make_no_sense(change, message):
+def test_fields_that_make_no_sense(refusal, change, message):
   """Bad inputs 3, 4, 5 and 7."""
-  with pytest.raises(errors.UserError) as caught:
-    beta_regimes.check(config_file.get_config(f"reduced,{change}"))
-  assert str(caught.value).startswith(message)
-  assert len(str(caught.value).splitlines()) == 1
+  assert refusal(change).startswith(message)

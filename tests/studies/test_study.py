@@ -12,7 +12,7 @@ import pytest
 
 from configs import studies
 from rlhf_jax import errors
-from rlhf_jax.studies import limits, study
+from rlhf_jax.studies import intervals, limits, study
 
 
 def outcome(**changes):
@@ -169,6 +169,24 @@ def test_a_verdict_is_one_of_three(nothing, tmp_path, verdict, ok):
   assert (tmp_path / "study.json").exists() == ok
 
 
+class Row(NamedTuple):
+  gain: intervals.Interval
+  late: intervals.Interval
+  name: str
+
+
+def test_intervals_of_a_table_split_into_columns():
+  interval = intervals.Interval
+  rows = [Row(interval(2, 1, 3), interval(5, 4, 6), "a")] * 2
+  table = study.table_of("", rows, before={"β": (0.1, 0.2)}, split=True)
+  assert table.columns == (
+    *("β", "gain", "low", "high", "late", "late_low", "late_high", "name"),
+  )
+  assert table.rows[1] == (0.2, 2, 1, 3, 5, 4, 6, "a")
+  whole = study.table_of("", rows)
+  assert whole.columns == Row._fields and whole.rows == rows
+
+
 def test_rows_have_a_cell_for_each_column(nothing, tmp_path):
   table = study.Table("", ("a", "b"), [(1,)])
   nothing.outcome = outcome(tables={"short": table})
@@ -208,26 +226,3 @@ def test_time_adds_up_over_processes(nothing, tmp_path, monkeypatch):
   nothing.run = ends
   run(path, resume=True)
   assert json.loads((path / "study.json").read_text())["wall_s"] == 107
-
-
-class _Arm(NamedTuple):
-  gold: list[float]
-  kl: list[float]
-
-
-def test_a_table_of_seeds():
-  """A row a seed of each arm, in order; an arm has one name or several."""
-  arms = {("a", 1): _Arm([1.0, 2.0], [3.0, 4.0]), ("b", 2): _Arm([5.0], [6.0])}
-  with pytest.raises(ValueError):  # An arm that lacks a seed.
-    study.table_of_seeds("all", ("name", "n"), arms, (10, 11))
-  del arms["b", 2]
-  table = study.table_of_seeds("all", ("name", "n"), arms, (10, 11))
-  assert table == study.Table(
-    "all",
-    ("name", "n", "seed", "gold", "kl"),
-    [("a", 1, 10, 1.0, 3.0), ("a", 1, 11, 2.0, 4.0)],
-    shown=False,
-  )
-  named = {"abc": _Arm([1.0], [3.0])}
-  table = study.table_of_seeds("all", ("name",), named, [0])
-  assert table.rows == [("abc", 0, 1.0, 3.0)]

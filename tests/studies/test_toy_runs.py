@@ -112,3 +112,5 @@ def test_a_row_a_seed():
     ],
     False,
   )
+  with pytest.raises(ValueError):  # An arm that lacks a seed.
+    toy_runs.every_run(config, "All", columns, {("a", 0.1): ([1], [5, 6])})

@@ -257,11 +257,11 @@ def _tables(
       ("harmful words per response, or nats per response", *findings),
       [*zip(rule.meanings(config.factor), *findings.values(), strict=True)],
     ),
-    "seeds": study.table_of_seeds(
+    "seeds": toy_runs.every_run(
+      config,
       f"Every seed: means over {config.prompts} held-out prompts",
-      ("arm",),
-      arms,
-      toy_runs.seeds(config),
+      ("arm", "seed", *rule.Arm._fields),
+      {(name,): arm for name, arm in arms.items()},
     ),
     "samples": study.Table(
       f"A short held-out prompt of seed {config.seed} (| ends it), and what is"
