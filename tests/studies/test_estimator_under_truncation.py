@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.studies import (
+  collection,
   estimator_under_truncation,
   intervals,
   kl_measurements,
@@ -237,9 +238,7 @@ def test_beyond_the_nucleus_nothing_is_drawn(model):
 
 def test_what_it_leaves_behind(workdir, tables):
   record = study.read(workdir)
-  assert record["verdict"] in (study.HOLDS, study.DOES_NOT_HOLD) or record[
-    "verdict"
-  ].startswith("holds when top-p is 0.7 at 1 nats")
+  assert record["verdict"] == study.DOES_NOT_HOLD  # Three models differ much.
   assert [row[:3] for row in tables["causes"]["rows"]] == [
     [1.0, 0.7, "k1 in reward"],
     [1.0, 0.7, "k2 in loss"],
@@ -263,10 +262,11 @@ def test_what_it_leaves_behind(workdir, tables):
   )
   k3 = np.array(found)[:, 1, DRAWN, K3]
   assert row[4:] == [str(intervals.of_mean(x)) for x in k3.T]
-  first = record["paragraph"].split(". The")[0]
+  first = collection.table([record]).splitlines()[2]
   over = np.array(found)[..., K3, 0] - np.array(found)[..., K2, 0]
   added = intervals.of_mean(over[:, 1, POLICY] - over[:, 0, POLICY])
-  assert f"over k2's by {added:+.2f} from {over[:, 0, 0].mean():.2f}" in first
+  whole = over[:, 0, POLICY].mean()
+  assert f"over k2's, {whole:.2f} without it, by {added:+.2f}" in first
 
 
 @pytest.mark.parametrize(
