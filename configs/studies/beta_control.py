@@ -19,7 +19,7 @@ from configs import defaults, studies
 
 
 def full() -> ConfigDict:
-  """What the README shows."""
+  """What `docs/studies.md` shows."""
   config = studies.new(
     study="beta_control",
     claim="A KL controller holds the KL at its target.",

@@ -14,7 +14,7 @@ from configs import defaults, studies
 
 
 def full() -> ConfigDict:
-  """What the README shows."""
+  """What `docs/studies.md` shows."""
   config = studies.new(
     study="beta_schedule",
     claim="Starting conservative and relaxing beats a constant β.",

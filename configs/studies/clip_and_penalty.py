@@ -18,7 +18,7 @@ from configs import defaults, studies
 
 
 def full() -> ConfigDict:
-  """What the README shows."""
+  """What `docs/studies.md` shows."""
   config = studies.new(
     study="clip_and_penalty",
     claim=(

@@ -21,7 +21,7 @@ from configs import defaults, studies
 
 
 def full() -> ConfigDict:
-  """What the README shows."""
+  """What `docs/studies.md` shows."""
   config = studies.new(
     study="estimator_under_truncation",
     claim=(

@@ -17,7 +17,7 @@ from configs import defaults, studies
 
 
 def full() -> ConfigDict:
-  """What the README shows."""
+  """What `docs/studies.md` shows."""
   config = studies.new(
     study="load_bearing_reference",
     claim="DPO needs its reference; RL needs the SFT snapshot, not the base.",

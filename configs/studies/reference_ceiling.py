@@ -15,7 +15,7 @@ from configs import defaults, studies
 
 
 def full() -> ConfigDict:
-  """What the README shows."""
+  """What `docs/studies.md` shows."""
   config = studies.new(
     study="reference_ceiling",
     claim="The reference's quality caps what RL can reach under the penalty.",

@@ -16,7 +16,7 @@ from configs import defaults, sft, studies
 
 
 def full() -> ConfigDict:
-  """What the README shows."""
+  """What `docs/studies.md` shows."""
   config = studies.new(
     study="small_beats_large",
     claim=(

@@ -2,7 +2,7 @@
 
 Lengths are those of the ids, never read off a pad id. All ids are checked
 here: JAX would clamp one that is out of range to the last embedding row, in
-silence. Left out: files (`host.readers`), tokenizers (the caller's) and
+silence. Left out: files (`data.readers`), tokenizers (the caller's) and
 streaming: data for fine-tuning fits in memory.
 """
 

@@ -1,6 +1,6 @@
 """What a sweep over β looks like: tables for the terminal, a picture.
 
-Both show the record of `host.frontier`, which says what the figures are.
+Both show the record of `measures.frontier`, which says what the figures are.
 """
 
 from collections.abc import Mapping, Sequence

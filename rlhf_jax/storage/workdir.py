@@ -7,7 +7,7 @@ no pager obeys. A file is replaced whole or has lines appended, so that a kill
 costs at most an unfinished last line; readers skip such a line, and `rewind`
 removes it.
 
-Checkpoints are another room's (`host.checkpoint`), in a folder beside these.
+Checkpoints are another room's (`storage.checkpoint`), in a folder beside these.
 """
 
 from collections.abc import Iterator, Mapping
