@@ -1,7 +1,7 @@
 """What a config must satisfy, checked before anything is loaded or compiled.
 
-The rules are tables (`settings.rules`). What does not fit a row is a generator of
-`(field, complaint)`. `validate_fields` needs only the config, and no JAX,
+The rules are tables (`settings.rules`). What does not fit a row is a generator
+of `(field, complaint)`. `validate_fields` needs only the config, and no JAX,
 which is slow to import; `validate_mesh` needs the number of devices,
 `validate_model` the network that a stage loaded.
 
