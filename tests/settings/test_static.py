@@ -143,3 +143,11 @@ def test_the_step_is_compiled_with_the_penalty_and_the_groups():
   assert found.reference == found.model == policy.model
   assert (found.advantages, found.group_size) == ("grpo", 8)
   assert found.length_normalisation and found.normalise_groups
+
+
+def test_the_schedule_counts_updates():
+  """The config counts steps; a step of PPO has an update a minibatch."""
+  config = ppo.get_config("train.steps=10,optimizer.warmup_steps=3")
+  found = static.optimizer_config(config, updates_per_step=4)
+  assert (found.updates, found.warmup_updates) == (40, 12)
+  assert static.optimizer_config(config).updates == 10

@@ -123,6 +123,17 @@ def test_the_first_step_begins_at_the_reference(trained):
   assert first["kl/beta"] == pytest.approx(BETA)
 
 
+def test_the_reference_is_scored_at_the_policys_temperature(policy, tmp_path):
+  """Trap 5: else the margin is not 0 where both are one model."""
+  run = train(
+    policy, tmp_path / "run", "rollout.temperature=0.7", "train.steps=1"
+  )
+  first, _ = rows(run)
+  np.testing.assert_allclose(first["dpo/loss"], np.log(2), atol=1e-5)
+  np.testing.assert_allclose(first["dpo/margin"], 0, atol=1e-5)
+  assert first["kl/reverse_exact"] == 0 == first["kl/forward_exact"]
+
+
 def test_the_ledger_is_kept_now_and_then_and_at_the_end(trained):
   found = rows(trained)
   assert [row["step"] for row in found] == [0, 1, 2, 3, 4]

@@ -1,5 +1,7 @@
 """Stages from end to end at a tiny size: files, resume, refusals."""
 
+import functools
+import io
 import json
 import pathlib
 import shutil
@@ -7,11 +9,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from rich import console as rich_console
 
-from configs import defaults, ppo, quickstart
+from configs import defaults, ppo, quickstart, reward_model, sft
 from rlhf_jax import errors
+from rlhf_jax.data import preferences, sampling
 from rlhf_jax.models import convert
 from rlhf_jax.stages import pipeline as pipeline_lib
+from rlhf_jax.steps import rewards
 from rlhf_jax.storage import checkpoint, export, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 
@@ -161,6 +166,26 @@ def test_resumed_is_uninterrupted(pipeline, tmp_path):
   assert checkpoint.tree_hash(first[0]) == checkpoint.tree_hash(second[0])
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_steps_beyond_the_checkpoint_are_in_no_file_twice(
+  pipeline, tmp_path, stage
+):
+  """Killed after steps that no checkpoint has: they are done and told anew."""
+  configs = {"sft": sft, "reward_model": reward_model}
+  config = shrunk(configs[stage].get_config())
+  if stage == "reward_model":
+    config.policy.path = str(pipeline / "sft")
+  workdir = tmp_path / "run"
+  pipeline_lib.run(config, str(workdir), resume=False)
+  before = checkpoint.load_params(workdir / "model")[0]
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  pipeline_lib.run(config, str(workdir), resume=True)
+  found = [row["step"] for row in rows(workdir / "metrics.jsonl")]
+  assert found == [0, 1, 2, 3]
+  after = checkpoint.load_params(workdir / "model")[0]
+  assert checkpoint.tree_hash(before) == checkpoint.tree_hash(after)
+
+
 def test_resume_refuses_another_reference(pipeline, tmp_path):
   """Trap 11. The reference of a resumed run is the one that it began with."""
   sft = tmp_path / "sft"
@@ -294,6 +319,53 @@ def test_files_of_prompts_texts_and_pairs(pipeline, tmp_path):
   metrics = run("ppo", "ppo", pairs, f"reward.path={tmp_path / 'reward_model'}")
   assert "reward/gold" not in metrics
   assert np.isfinite(metrics["reward/score"])
+
+
+def test_the_score_is_normalised_on_held_out_prompts(
+  pipeline, tmp_path, monkeypatch
+):
+  """Mean 0 and deviation 1 where the policy answers what nobody trained on."""
+  path = tmp_path / "pairs.jsonl"
+  pairs = [
+    {"prompt": f"{w} {c}", "chosen": good, "rejected": bad}
+    for w in ("it", "the film", "the plot", "this story", "that hero")
+    for c in ("was", "felt", "seemed", "looked")
+    for good, bad in ((" lovely .", " dull ."), (" warm .", " cold ."))
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+  config = shrunk(
+    reward_model.get_config(),
+    f"policy.path={pipeline / 'sft'}",
+    f"data.path={path}",
+    "data.heldout_fraction=0.25",
+    "train.steps=2",
+  )
+  drawn = []
+  sample = sampling.sample
+
+  def noted(*args, **named):
+    drawn.append(sample(*args, **named))
+    return drawn[-1]
+
+  monkeypatch.setattr(sampling, "sample", noted)
+  pipeline_lib.run(config, str(tmp_path / "run"), resume=False)
+
+  (responses,) = drawn
+  policy = pretrained.load_policy(config)
+  console = rich_console.Console(file=io.StringIO())
+  found = preferences.read(config, policy, console, stage="test")
+  _, heldout = preferences.split(config, found)
+  as_set = lambda tokens: {tuple(row) for row in np.asarray(tokens).tolist()}
+  held = as_set(heldout.chosen.prompt_tokens)
+  assert len(held) == 5
+  assert as_set(responses.prompt_tokens) == held
+
+  model = pretrained.load_workdir(tmp_path / "run")
+  raw = jax.jit(functools.partial(rewards.raw_scores, model=model.model))
+  scores = raw(model.params, responses)
+  moments = model.params["normalisation"]
+  np.testing.assert_allclose(moments["mean"], scores.mean(), atol=1e-5)
+  np.testing.assert_allclose(moments["std"], scores.std(ddof=1), rtol=1e-2)
 
 
 def test_the_built_in_language_needs_its_own_policy(shared_data, tmp_path):

@@ -18,6 +18,7 @@ from rlhf_jax import errors
 from rlhf_jax.models import transformer
 from rlhf_jax.stages import alarms, pipeline
 from rlhf_jax.stages import ppo as ppo_stage
+from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.storage import pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
@@ -158,6 +159,20 @@ def test_the_controller_moves_beta(controlled):
   assert metrics[-1]["kl/reverse_exact"] > 0
 
 
+def test_the_rate_falls_over_updates_and_not_over_steps(train, monkeypatch):
+  """Two steps of 2 × 2 updates are eight; the last step still moves."""
+  made, make = [], optimizer_lib.make
+
+  def noted(config):
+    made.append(config)
+    return make(config)
+
+  monkeypatch.setattr(optimizer_lib, "make", noted)
+  run = train("run", "optimizer.schedule=linear")
+  assert [config.updates for config in made] == [8]
+  assert rows(run)[-1]["kl/to_old_policy"] > 1e-6
+
+
 def test_a_resumed_controller_goes_on(controlled, train):
   """Trap 12. Interrupted ≡ uninterrupted, β to the last bit."""
   train("halves", *CONTROLLED, "train.steps=2")
@@ -283,6 +298,26 @@ def test_responses_come_in_groups(grouped, name):
       prompts.append(group[0]["prompt"])
     assert metrics["ppo/value_loss"] == 0  # Nobody has a critic.
   assert len(set(prompts)) > 1
+
+
+@pytest.mark.parametrize("name", ["reward_a", "both"])
+def test_errors_are_over_prompts(grouped, name):
+  """Answers to one prompt are one draw of it: sd of the groups' means / √2."""
+  for records, metrics in zip(
+    samples_by_step(grouped[name]), rows(grouped[name]), strict=True
+  ):
+    k1 = lambda r: np.sum(r["logprobs"]) - np.sum(r["reference_logprobs"])
+    readings = {
+      "kl/reverse_exact": lambda r: np.sum(r["reverse_kl"]),
+      "kl/reverse_k1": k1,
+      "reward/score": lambda r: r["score"],
+    }
+    for figure, of in readings.items():
+      values = np.array([of(record) for record in records])
+      error = values.reshape(2, 4).mean(1).std(ddof=1) / np.sqrt(2)
+      found = metrics[f"{figure}_se"]
+      np.testing.assert_allclose(found, error, atol=2e-4, err_msg=figure)
+      np.testing.assert_allclose(metrics[figure], values.mean(), atol=2e-4)
 
 
 def test_another_reference(grouped):

@@ -113,6 +113,27 @@ def test_the_frontier(run):
   assert (run / "frontier.png").stat().st_size > 10_000
 
 
+def test_an_untrained_member_does_not_tie_with_its_reference(run, tmp_path):
+  """One draw for both would: equal policies would write the same responses."""
+  config = on(
+    run,
+    f"sweep.betas={BETAS}",
+    "optimizer.learning_rate=1e-30",
+    "train.steps=1",
+    "mesh.data=1",
+  )
+  pipeline.run(config, str(tmp_path / "run"), resume=False)
+  record = read(tmp_path / "run" / "frontier.json")
+  first, second = record["members"]
+  for member in (first, second):
+    assert member["kl"] == 0
+    assert member["win_rate_se"] > 0.01
+    assert member["gold"] != record["reference"]["gold"]
+    assert abs(member["win_rate"] - 0.5) < 4 * member["win_rate_se"]
+  # Members share theirs, so that what differs between them is what they are.
+  assert first["gold"] == second["gold"]
+
+
 def test_members_are_divided_over_devices():
   mesh = static.mesh(shrunk(), members=4)
   assert dict(mesh.shape) == {"member": 4, "data": 2, "fsdp": 1, "tensor": 1}

@@ -1,0 +1,1020 @@
+r"""Faults that the tests must see, each planted in a copy of the tree.
+
+    python -m tests.mutants [--only NAME] [--jobs 2] [--list]
+
+A mutant is one edit: a sign, a mask, a key, a temperature. Its test must pass
+on the tree as it is and fail on the copy with the edit. The exit code is 1 if
+a mutant survives, if its old text does not stand exactly once in its file, or
+if a test fails without any edit. `tests/test_mutants.py` holds the list to the
+code, so that it cannot go stale in silence.
+
+Left out: mutants by rule (every `+` a `−`). Those here are faults that someone
+made somewhere, or that a refactoring makes easily.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TREES = ("rlhf_jax", "configs", "launch", "tests")
+FILES = ("pyproject.toml",)
+CACHE = pathlib.Path(".cache", "jax")  # Compiled programs; see conftest.py.
+LIMIT_S = 900  # of one run of pytest
+
+
+class Mutant(NamedTuple):
+  """One edit, and who must see it.
+
+  Attributes:
+    name: What is wrong then.
+    file: Below the root.
+    old: Stands exactly once in the file.
+    new: Takes its place.
+    test: A test file or one of its tests, as pytest takes it.
+  """
+
+  name: str
+  file: str
+  old: str
+  new: str
+  test: str
+
+
+MUTANTS = (
+  # Objective: masks, the shift by one, the last token.
+  Mutant(
+    "shift-of-the-states",
+    "rlhf_jax/objective/masking.py",
+    "hidden[:, -response_size - 1 : -1]",
+    "hidden[:, -response_size:]",
+    "tests/objective/test_masking.py",
+  ),
+  Mutant(
+    "stop-token-masked-out",
+    "rlhf_jax/objective/masking.py",
+    "jnp.arange(size) < lengths[:, None]",
+    "jnp.arange(size) < lengths[:, None] - 1",
+    "tests/objective/test_masking.py",
+  ),
+  Mutant(
+    "last-token-index",
+    "rlhf_jax/objective/masking.py",
+    "jnp.maximum(lengths - 1, 0)",
+    "jnp.minimum(lengths, x.shape[1] - 1)",
+    "tests/objective/test_masking.py",
+  ),
+  Mutant(
+    "score-on-the-pad",
+    "rlhf_jax/objective/masking.py",
+    "== lengths[:, None] - 1",
+    "== lengths[:, None]",
+    "tests/objective/test_masking.py",
+  ),
+  Mutant(
+    "mask-by-product",
+    "rlhf_jax/objective/masking.py",
+    "jnp.where(mask, x, 0.0).sum()",
+    "(x * mask).sum()",
+    "tests/objective/test_masking.py",
+  ),
+  Mutant(
+    "attention-to-the-future",
+    "rlhf_jax/objective/masking.py",
+    "same & causal & (",
+    "same & (",
+    "tests/objective/test_masking.py",
+  ),
+  # Objective: logits, logprobs, tokens.
+  Mutant(
+    "temperature-inverted",
+    "rlhf_jax/objective/logprobs.py",
+    "logits if temperature == 1.0 else logits / temperature",
+    "logits if temperature == 1.0 else logits * temperature",
+    "tests/objective/test_logprobs.py",
+  ),
+  Mutant(
+    "temperature-not-of-the-token",
+    "rlhf_jax/objective/logprobs.py",
+    "chosen).sum(-1) / temperature",
+    "chosen).sum(-1)",
+    "tests/objective/test_logprobs.py",
+  ),
+  Mutant(
+    "nucleus-one-token-short",
+    "rlhf_jax/objective/logprobs.py",
+    "before < top_p",
+    "before + mass < top_p",
+    "tests/objective/test_logprobs.py",
+  ),
+  Mutant(
+    "sampling-within-a-block",
+    "rlhf_jax/objective/logprobs.py",
+    "target - before)",
+    "target)",
+    "tests/objective/test_logprobs.py",
+  ),
+  Mutant(
+    "exact-kl-not-normalised",
+    "rlhf_jax/objective/logprobs.py",
+    "p_sum - shift,",
+    "p_sum + shift,",
+    "tests/objective/test_logprobs.py",
+  ),
+  Mutant(
+    "gradient-of-the-forward-kl",
+    "rlhf_jax/objective/logprobs.py",
+    "lambda: p - jnp.exp(log_q)",
+    "lambda: jnp.exp(log_q) - p",
+    "tests/objective/test_logprobs.py",
+  ),
+  # Objective: the penalty.
+  Mutant(
+    "k3-sign",
+    "rlhf_jax/objective/kl.py",
+    "jnp.expm1(-log_ratio) + log_ratio",
+    "jnp.expm1(log_ratio) - log_ratio",
+    "tests/objective/test_kl.py",
+  ),
+  Mutant(
+    "penalty-sign",
+    "rlhf_jax/objective/kl.py",
+    "nats.shape[1]) - penalty",
+    "nats.shape[1]) + penalty",
+    "tests/objective/test_kl.py",
+  ),
+  Mutant(
+    "penalty-not-detached",
+    "rlhf_jax/objective/kl.py",
+    "importance_ratio * lax.stop_gradient(weight)",
+    "importance_ratio * weight",
+    "tests/objective/test_gradients.py",
+  ),
+  Mutant(
+    "penalty-of-the-wrong-state",
+    "rlhf_jax/objective/kl.py",
+    "[:, 1:], ((0, 0), (0, 1))",
+    "[:, :-1], ((0, 0), (1, 0))",
+    "tests/objective/test_kl.py",
+  ),
+  Mutant(
+    "penalty-beyond-the-end",
+    "rlhf_jax/objective/kl.py",
+    "jnp.where(mask, penalty.in_reward(terms, mask), 0.0)",
+    "penalty.in_reward(terms, mask)",
+    "tests/objective/test_kl.py",
+  ),
+  # Objective: advantages and losses.
+  Mutant(
+    "gae-recursion",
+    "rlhf_jax/objective/advantages.py",
+    "delta + gamma * gae_lambda * advantage",
+    "delta + gamma * advantage",
+    "tests/objective/test_advantages.py",
+  ),
+  Mutant(
+    "gae-next-value",
+    "rlhf_jax/objective/advantages.py",
+    "rewards + gamma * next_values - values",
+    "rewards + next_values - values",
+    "tests/objective/test_advantages.py",
+  ),
+  Mutant(
+    "rloo-counts-itself",
+    "rlhf_jax/objective/advantages.py",
+    "totals) / (group_size - 1)",
+    "totals) / group_size",
+    "tests/objective/test_advantages.py",
+  ),
+  Mutant(
+    "grpo-divides-the-penalty",
+    "rlhf_jax/objective/advantages.py",
+    "relative - (totals - totals.mean(1, keepdims=True))",
+    (
+      "relative - (totals - totals.mean(1, keepdims=True)) / "
+      "jnp.where(divisor > 0, divisor, 1.0)"
+    ),
+    "tests/objective/test_advantages.py",
+  ),
+  Mutant(
+    "whitening-hides-its-scale",
+    "rlhf_jax/objective/advantages.py",
+    "return centred * scale, scale",
+    "return centred * scale, jnp.ones_like(scale)",
+    "tests/objective/test_advantages.py",
+  ),
+  Mutant(
+    "whitening-counts-the-padding",
+    "rlhf_jax/objective/advantages.py",
+    "masking.masked_mean(jnp.square(centred), mask)",
+    "jnp.square(centred).mean()",
+    "tests/objective/test_advantages.py",
+  ),
+  Mutant(
+    "clipping-min",
+    "rlhf_jax/objective/policy_loss.py",
+    "jnp.maximum(-ratio * advantages",
+    "jnp.minimum(-ratio * advantages",
+    "tests/objective/test_policy_loss.py",
+  ),
+  Mutant(
+    "ratio-inverted",
+    "rlhf_jax/objective/policy_loss.py",
+    "jnp.clip(new_logprobs - logprobs,",
+    "jnp.clip(logprobs - new_logprobs,",
+    "tests/objective/test_policy_loss.py",
+  ),
+  Mutant(
+    "value-clipping-min",
+    "rlhf_jax/objective/policy_loss.py",
+    "0.5 * jnp.maximum(*errors)",
+    "0.5 * jnp.minimum(*errors)",
+    "tests/objective/test_policy_loss.py",
+  ),
+  Mutant(
+    "dpo-sign",
+    "rlhf_jax/objective/preference_loss.py",
+    "jax.nn.log_sigmoid(chosen - rejected)",
+    "jax.nn.log_sigmoid(rejected - chosen)",
+    "tests/objective/test_preference_loss.py",
+  ),
+  Mutant(
+    "kto-baseline-learns",
+    "rlhf_jax/objective/preference_loss.py",
+    "lax.stop_gradient(jnp.maximum(mismatched.mean(), 0.0))",
+    "jnp.maximum(mismatched.mean(), 0.0)",
+    "tests/objective/test_preference_loss.py",
+  ),
+  # Objective: what moves β, and the oracle.
+  Mutant(
+    "controller-direction",
+    "rlhf_jax/objective/beta.py",
+    "jnp.clip((kl - target) / target",
+    "jnp.clip((target - kl) / target",
+    "tests/objective/test_beta.py",
+  ),
+  Mutant(
+    "controller-windup",
+    "rlhf_jax/objective/beta.py",
+    'jnp.where(stuck, state["integral"], total)',
+    "total",
+    "tests/objective/test_beta.py",
+  ),
+  Mutant(
+    "controller-reads-nan",
+    "rlhf_jax/objective/beta.py",
+    "_where(jnp.isfinite(kl), advance",
+    "_where(~jnp.isinf(kl), advance",
+    "tests/objective/test_beta.py",
+  ),
+  Mutant(
+    "oracle-beta",
+    "rlhf_jax/objective/exact.py",
+    "jnp.where(end, reward / beta,",
+    "jnp.where(end, reward * beta,",
+    "tests/objective/test_exact.py",
+  ),
+  # Models.
+  Mutant(
+    "rope-sign",
+    "rlhf_jax/models/transformer.py",
+    "first * cos - second * sin",
+    "first * cos + second * sin",
+    "tests/models/test_transformer.py",
+  ),
+  Mutant(
+    "attention-scale",
+    "rlhf_jax/models/transformer.py",
+    "queries / math.sqrt(config.head_size)",
+    "queries / config.head_size",
+    "tests/models/test_transformer.py",
+  ),
+  Mutant(
+    "cache-written-one-late",
+    "rlhf_jax/models/transformer.py",
+    "new.astype(old.dtype), index, axis=2",
+    "new.astype(old.dtype), index + 1, axis=2",
+    "tests/models/test_transformer.py",
+  ),
+  Mutant(
+    "norm-without-its-scale",
+    "rlhf_jax/models/transformer.py",
+    "config.norm_epsilon) * scale",
+    "config.norm_epsilon)",
+    "tests/models/test_transformer.py",
+  ),
+  Mutant(
+    "tied-head-untied",
+    "rlhf_jax/models/convert.py",
+    '"|lm_head.weight" * config.tie_embeddings',
+    '"|lm_head.weight"',
+    "tests/models/test_convert.py",
+  ),
+  # Text.
+  Mutant(
+    "bos-of-a-response",
+    "rlhf_jax/text/tokenizer.py",
+    "joint_ids[len(prompt_ids) :]",
+    "joint_ids[len(prompt_ids) - 1 :]",
+    "tests/text/test_tokenizer.py",
+  ),
+  Mutant(
+    "gold-pays-faults",
+    "rlhf_jax/text/toy_language.py",
+    "bent - self.gold_price * faults",
+    "bent + self.gold_price * faults",
+    "tests/text/test_toy_language.py",
+  ),
+  Mutant(
+    "judge-prefers-the-worse",
+    "rlhf_jax/text/toy_language.py",
+    "(gold_first - gold_second) / temperature",
+    "(gold_second - gold_first) / temperature",
+    "tests/text/test_toy_language.py",
+  ),
+  Mutant(
+    "nan-reward-passes",
+    "rlhf_jax/text/rewards.py",
+    "if not abs(float(score)) <= _LARGEST:",
+    "if abs(float(score)) > _LARGEST:",
+    "tests/text/test_rewards.py",
+  ),
+  Mutant(
+    "reward-reads-the-padding",
+    "rlhf_jax/text/rewards.py",
+    "self._decode(row[len(row) - length :])",
+    "self._decode(row)",
+    "tests/text/test_rewards.py",
+  ),
+  # Storage.
+  Mutant(
+    "manifest-not-checked",
+    "rlhf_jax/storage/checkpoint.py",
+    "if _sum(file) != wanted:",
+    "if not _sum(file):",
+    "tests/storage/test_checkpoint.py",
+  ),
+  Mutant(
+    "oldest-checkpoint-restored",
+    "rlhf_jax/storage/checkpoint.py",
+    "for step in reversed(steps):",
+    "for step in steps:",
+    "tests/storage/test_checkpoint.py",
+  ),
+  Mutant(
+    "hash-without-the-numbers",
+    "rlhf_jax/storage/checkpoint.py",
+    "digest.update(array.reshape(-1).view(np.uint8).data)",
+    "del array",
+    "tests/storage/test_checkpoint.py",
+  ),
+  Mutant(
+    "newest-checkpoints-deleted",
+    "rlhf_jax/storage/checkpoint.py",
+    "[-self._keep :]",
+    "[: self._keep]",
+    "tests/storage/test_checkpoint.py",
+  ),
+  Mutant(
+    "cache-of-another-reference",
+    "rlhf_jax/storage/reference_cache.py",
+    "(then := header[what]) != now",
+    '(then := header[what]) != now and what != "reference"',
+    "tests/storage/test_reference_cache.py",
+  ),
+  Mutant(
+    "rewind-keeps-one-too-many",
+    "rlhf_jax/storage/workdir.py",
+    'row["step"] < step',
+    'row["step"] <= step',
+    "tests/storage/test_workdir.py",
+  ),
+  Mutant(
+    "secrets-in-the-workdir",
+    "rlhf_jax/storage/workdir.py",
+    "if value and _SECRET.search(name):",
+    "if value and _SECRET.fullmatch(name):",
+    "tests/storage/test_workdir.py",
+  ),
+  Mutant(
+    "resumed-as-another-run",
+    "rlhf_jax/storage/workdir.py",
+    '"mesh.*",',
+    '"mesh.*",\n  "kl.*",',
+    "tests/storage/test_workdir.py",
+  ),
+  # Settings.
+  Mutant(
+    "schedule-counts-steps",
+    "rlhf_jax/settings/static.py",
+    "config.train.steps * updates_per_step",
+    "config.train.steps",
+    "tests/settings/test_static.py",
+  ),
+  Mutant(
+    "warmup-counts-steps",
+    "rlhf_jax/settings/static.py",
+    "warmup_steps * updates_per_step",
+    "warmup_steps",
+    "tests/settings/test_static.py",
+  ),
+  Mutant(
+    "penalty-of-another-estimator",
+    "rlhf_jax/settings/static.py",
+    "kl.PENALTIES[config.kl.gradient, config.kl.estimator]",
+    'kl.PENALTIES[config.kl.gradient, "sampled"]',
+    "tests/settings/test_static.py",
+  ),
+  Mutant(
+    "policy-as-every-reference",
+    "rlhf_jax/settings/roles.py",
+    "if not config.reference.path:",
+    "if config.reference.path is not None:",
+    "tests/stages/test_ppo.py::test_another_reference",
+  ),
+  Mutant(
+    "biased-recipe-unasked",
+    "rlhf_jax/settings/validate.py",
+    "if not config.kl.allow_biased:",
+    "if config.kl.allow_biased is None:",
+    "tests/settings/test_validate.py",
+  ),
+  Mutant(
+    "prefix-before-bos",
+    "rlhf_jax/settings/prefix.py",
+    "prompt[: self.begin] + self.ids +",
+    "self.ids + prompt[: self.begin] +",
+    "tests/settings/test_prefix.py",
+  ),
+  # Data.
+  Mutant(
+    "pairs-split-by-row",
+    "rlhf_jax/data/preferences.py",
+    "by=prompts_of(pairs)",
+    "by=None",
+    (
+      "tests/data/test_preferences.py"
+      "::test_a_prompt_is_on_one_side_with_all_its_pairs"
+    ),
+  ),
+  Mutant(
+    "pairs-without-a-stop",
+    "rlhf_jax/data/preferences.py",
+    "(prompt, chosen + stop, rejected + stop)",
+    "(prompt, chosen, rejected)",
+    "tests/data/test_preferences.py::test_both_sides_as_the_file_has_them",
+  ),
+  Mutant(
+    "texts-without-a-stop",
+    "rlhf_jax/data/texts.py",
+    "response + stop)",
+    "response)",
+    (
+      "tests/data/test_preferences.py"
+      "::test_responses_of_texts_end_with_the_stop"
+    ),
+  ),
+  Mutant(
+    "sides-swapped",
+    "rlhf_jax/data/preferences.py",
+    "(pick(first_wins), pick(~first_wins))",
+    "(pick(~first_wins), pick(first_wins))",
+    "tests/data/test_preferences.py",
+  ),
+  Mutant(
+    "equal-rows-on-both-sides",
+    "rlhf_jax/data/batches.py",
+    "held[members[group]] = True",
+    "held[members[group][0]] = True",
+    "tests/data/test_batches.py",
+  ),
+  Mutant(
+    "one-order-for-all-epochs",
+    "rlhf_jax/data/batches.py",
+    "_FIRST_EPOCH + epoch",
+    "_FIRST_EPOCH",
+    "tests/data/test_batches.py",
+  ),
+  Mutant(
+    "filled-rows-not-dropped",
+    "rlhf_jax/data/batches.py",
+    "np.concatenate(parts)[:count]",
+    "np.concatenate(parts)",
+    "tests/data/test_batches.py",
+  ),
+  Mutant(
+    "prompts-padded-right",
+    "rlhf_jax/data/arrays.py",
+    "real[:, ::-1] if left else real",
+    "real",
+    "tests/data/test_arrays.py",
+  ),
+  Mutant(
+    "prompt-in-the-sft-loss",
+    "rlhf_jax/data/arrays.py",
+    "start + max(len(texts[text][0]), 1)",
+    "start + 1",
+    "tests/data/test_arrays.py",
+  ),
+  Mutant(
+    "packed-texts-share-positions",
+    "rlhf_jax/data/arrays.py",
+    "np.arange(stop - start)",
+    "np.arange(start, stop)",
+    "tests/data/test_arrays.py",
+  ),
+  Mutant(
+    "chosen-and-rejected-of-a-file",
+    "rlhf_jax/data/readers.py",
+    "return PairText(prompt, chosen, rejected)",
+    "return PairText(prompt, rejected, chosen)",
+    "tests/data/test_readers.py",
+  ),
+  # Steps.
+  Mutant(
+    "ratio-to-the-learner",
+    "rlhf_jax/steps/ppo.py",
+    '"logprobs": rollout.logprobs',
+    '"logprobs": comparison.logprobs',
+    "tests/steps/test_ppo.py::test_the_ratio_is_to_the_policy_that_sampled",
+  ),
+  Mutant(
+    "errors-ignore-groups",
+    "rlhf_jax/steps/ledger.py",
+    "masking.mean_and_error(per_response, group_size=group_size)",
+    "masking.mean_and_error(per_response)",
+    "tests/stages/test_ppo.py::test_errors_are_over_prompts",
+  ),
+  Mutant(
+    "one-key-for-all-steps",
+    "rlhf_jax/steps/ppo.py",
+    "jax.random.fold_in(key, state.step)",
+    "jax.random.fold_in(key, 0)",
+    "tests/steps/test_ppo.py::test_noise_is_new_in_every_row_and_step",
+  ),
+  Mutant(
+    "whitening-changes-the-price",
+    "rlhf_jax/steps/ppo.py",
+    "price=scale * beta",
+    "price=beta",
+    (
+      "tests/steps/test_penalties.py"
+      "::test_whitening_scales_the_penalty_as_it_scales_the_rewards"
+    ),
+  ),
+  Mutant(
+    "reference-shares-buffers",
+    "rlhf_jax/steps/reference.py",
+    'jax.tree.map(jnp.copy, policy["transformer"])',
+    'policy["transformer"]',
+    (
+      "tests/steps/test_ppo.py"
+      "::test_donation_takes_the_state_and_spares_the_frozen"
+    ),
+  ),
+  Mutant(
+    "loss-divided-by-tokens",
+    "rlhf_jax/steps/learner.py",
+    "weights = mask / divisor",
+    "weights = mask / mask.sum()",
+    "tests/steps/test_ppo.py::test_microbatches_add_up_to_the_whole",
+  ),
+  Mutant(
+    "reference-at-another-temperature",
+    "rlhf_jax/steps/ppo.py",
+    "temperature=config.rollout.temperature",
+    "temperature=1.0",
+    "tests/steps/test_ppo.py::test_ledger_is_that_of_the_full_logits",
+  ),
+  Mutant(
+    "decoded-beyond-the-stop",
+    "rlhf_jax/steps/rollout.py",
+    "alive & ~jnp.isin(token, stop_ids)",
+    "alive",
+    (
+      "tests/steps/test_rollout.py"
+      "::test_a_response_ends_with_its_first_stop_token"
+    ),
+  ),
+  Mutant(
+    "stop-token-not-counted",
+    "rlhf_jax/steps/rollout.py",
+    'loop["lengths"] + alive',
+    'loop["lengths"] + still',
+    (
+      "tests/steps/test_rollout.py"
+      "::test_a_response_ends_with_its_first_stop_token"
+    ),
+  ),
+  Mutant(
+    "decode-positions-with-padding",
+    "rlhf_jax/steps/rollout.py",
+    "(prompts.lengths + t - 1)",
+    "(prompt_size + 0 * prompts.lengths + t - 1)",
+    "tests/steps/test_rollout.py::test_more_left_padding_changes_nothing",
+  ),
+  Mutant(
+    "reward-not-centred",
+    "rlhf_jax/steps/rewards.py",
+    '(raw - moments["mean"]) / moments["std"]',
+    'raw / moments["std"]',
+    (
+      "tests/steps/test_rewards.py"
+      "::test_a_models_score_is_normalised_by_its_own_moments"
+    ),
+  ),
+  Mutant(
+    "reward-before-the-last-token",
+    "rlhf_jax/steps/rewards.py",
+    "sequences.prompt_tokens.shape[1] + sequences.response_lengths",
+    "sequences.prompt_tokens.shape[1] + sequences.response_lengths - 1",
+    "tests/steps/test_rewards.py::test_raw_scores_read_the_last_real_token",
+  ),
+  Mutant(
+    "two-rules-for-a-parameter",
+    "rlhf_jax/steps/sharding.py",
+    '(r"(^|/)final_norm/(scale|bias)$", P())',
+    '(r"norm/(scale|bias)$", P())',
+    (
+      "tests/steps/test_sharding.py"
+      "::test_every_parameter_matches_one_rule_and_every_rule_is_needed"
+    ),
+  ),
+  Mutant(
+    "decay-of-norms",
+    "rlhf_jax/steps/optimizer.py",
+    'path[-1].key in ("kernel", "tokens")',
+    'path[-1].key != "bias"',
+    (
+      "tests/steps/test_optimizer.py"
+      "::test_weights_decay_and_norms_and_biases_do_not"
+    ),
+  ),
+  Mutant(
+    "sft-mask-not-shifted",
+    "rlhf_jax/steps/sft.py",
+    "batch.loss_mask[:, 1:]",
+    "batch.loss_mask[:, :-1]",
+    "tests/steps/test_sft.py::test_the_loss_is_the_mean_over_predicted_tokens",
+  ),
+  Mutant(
+    "dpo-counts-the-padding",
+    "rlhf_jax/steps/dpo.py",
+    "jnp.where(mask, per_token, 0.0).sum(1), 2",
+    "per_token.sum(1), 2",
+    "tests/steps/test_dpo.py::test_what_is_masked_changes_no_bit",
+  ),
+  Mutant(
+    "kl-of-the-prefix-itself",
+    "rlhf_jax/steps/anchor.py",
+    "columns < padding + prefix.begin",
+    "columns < padding",
+    (
+      "tests/steps/test_anchor.py"
+      "::test_without_prefix_is_the_prompts_as_they_were"
+    ),
+  ),
+  Mutant(
+    "mix-not-rescaled",
+    "rlhf_jax/steps/text_mix.py",
+    "mix.coefficient * scale / tokens",
+    "mix.coefficient / tokens",
+    (
+      "tests/steps/test_text_mix.py"
+      "::test_a_nat_costs_reward_units_beside_whitened_advantages"
+    ),
+  ),
+  # Stages.
+  Mutant(
+    "dpo-reference-at-temperature-1",
+    "rlhf_jax/stages/dpo.py",
+    "score(reference, batch, asked)",
+    "score(reference, batch, dataclasses.replace(asked, temperature=1.0))",
+    (
+      "tests/stages/test_dpo.py"
+      "::test_the_reference_is_scored_at_the_policys_temperature"
+    ),
+  ),
+  Mutant(
+    "reward-normalised-on-training-prompts",
+    "rlhf_jax/stages/reward_model.py",
+    "preference_data.prompts_of(heldout)",
+    "preference_data.prompts_of(train)",
+    (
+      "tests/stages/test_pipeline.py"
+      "::test_the_score_is_normalised_on_held_out_prompts"
+    ),
+  ),
+  Mutant(
+    "ppo-schedule-counts-epochs",
+    "rlhf_jax/stages/ppo.py",
+    "updates_per_step=updates",
+    "updates_per_step=config.ppo.epochs",
+    (
+      "tests/stages/test_ppo.py"
+      "::test_the_rate_falls_over_updates_and_not_over_steps"
+    ),
+  ),
+  Mutant(
+    "loop-never-rewinds",
+    "rlhf_jax/stages/loop.py",
+    "    rewind(first)\n",
+    "",
+    "tests/stages/test_loop.py",
+  ),
+  Mutant(
+    "sft-never-rewinds",
+    "rlhf_jax/stages/sft.py",
+    "rewind=workdir.rewind",
+    "rewind=lambda step: None",
+    (
+      "tests/stages/test_pipeline.py"
+      "::test_steps_beyond_the_checkpoint_are_in_no_file_twice"
+    ),
+  ),
+  Mutant(
+    "reward-model-never-rewinds",
+    "rlhf_jax/stages/reward_model.py",
+    "rewind=workdir.rewind",
+    "rewind=lambda step: None",
+    (
+      "tests/stages/test_pipeline.py"
+      "::test_steps_beyond_the_checkpoint_are_in_no_file_twice"
+    ),
+  ),
+  Mutant(
+    "dpo-never-rewinds",
+    "rlhf_jax/stages/dpo.py",
+    "rewind=workdir.rewind",
+    "rewind=lambda step: None",
+    "tests/stages/test_dpo.py::test_resumed_is_uninterrupted",
+  ),
+  Mutant(
+    "ppo-never-rewinds",
+    "rlhf_jax/stages/ppo.py",
+    "member.workdir.rewind(index)",
+    "del member",
+    "tests/stages/test_sweep.py::test_resume_does_the_chunk_that_is_missing",
+  ),
+  Mutant(
+    "frontier-shares-the-draw",
+    "rlhf_jax/stages/sweep_frontier.py",
+    "_MEMBERS, _REFERENCE, _BEST_OF_N = range(3)",
+    "_MEMBERS, _REFERENCE, _BEST_OF_N = 0, 0, 2",
+    (
+      "tests/stages/test_sweep.py"
+      "::test_an_untrained_member_does_not_tie_with_its_reference"
+    ),
+  ),
+  Mutant(
+    "another-reference-on-resume",
+    "rlhf_jax/stages/loop.py",
+    "if metadata != run.metadata:",
+    "if metadata.keys() != run.metadata.keys():",
+    "tests/stages/test_loop.py",
+  ),
+  Mutant(
+    "groups-of-other-prompts",
+    "rlhf_jax/stages/ppo.py",
+    "np.repeat(x, config.ppo.group_size, axis=0)",
+    "np.concatenate([x] * config.ppo.group_size)",
+    "tests/stages/test_ppo.py::test_responses_come_in_groups",
+  ),
+  Mutant(
+    "members-share-their-noise",
+    "rlhf_jax/stages/ppo.py",
+    "jax.random.key(place.config.seed)",
+    "jax.random.key(config.seed + 0 * place.config.seed)",
+    "tests/stages/test_sweep.py::test_chunks_and_single_runs",
+  ),
+  Mutant(
+    "alarm-too-early",
+    "rlhf_jax/stages/alarms.py",
+    "< -3 * figure",
+    "< -2 * figure",
+    "tests/stages/test_alarms.py",
+  ),
+  # Measures.
+  Mutant(
+    "ties-are-losses",
+    "rlhf_jax/measures/evaluation.py",
+    "np.where(ties, 0.5, mine > theirs)",
+    "np.where(ties, 0.0, mine > theirs)",
+    "tests/measures/test_evaluation.py::test_who_wins",
+  ),
+  Mutant(
+    "mean-of-ratios",
+    "rlhf_jax/measures/evaluation.py",
+    "ratio = x.sum() / n.sum()",
+    "ratio = (x / n).mean()",
+    "tests/measures/test_evaluation.py::test_error_of_a_ratio",
+  ),
+  Mutant(
+    "best-of-n-with-repetition",
+    "rlhf_jax/measures/best_of_n.py",
+    "math.comb(rank, n - 1) / subsets",
+    "((rank + 1) ** n - rank**n) / size**n",
+    "tests/measures/test_best_of_n.py",
+  ),
+  Mutant(
+    "dominated-on-the-front",
+    "rlhf_jax/measures/frontier.py",
+    "np.logical_and(gain >= 0, cost <= 0)",
+    "np.logical_and(gain >= 0, cost >= 0)",
+    "tests/measures/test_frontier.py",
+  ),
+  Mutant(
+    "retention-of-the-reference",
+    "rlhf_jax/measures/retention.py",
+    '(("nll", policy), ("reference_nll", reference))',
+    '(("nll", reference), ("reference_nll", policy))',
+    "tests/measures/test_retention.py",
+  ),
+  Mutant(
+    "enumerated-at-temperature-1",
+    "rlhf_jax/measures/enumeration.py",
+    "temperature=temperature)",
+    "temperature=1.0)",
+    (
+      "tests/measures/test_enumeration.py"
+      "::test_levels_are_those_of_a_plain_forward"
+    ),
+  ),
+  Mutant(
+    "smallest-beta-recommended",
+    "rlhf_jax/measures/recommendation.py",
+    "if gain >= enough][-1]",
+    "if gain >= enough][0]",
+    "tests/measures/test_recommendation.py",
+  ),
+)
+
+
+class Outcome(NamedTuple):
+  """What became of a mutant, or of the tests without one."""
+
+  verdict: str
+  seconds: float
+  output: str = ""
+
+
+CAUGHT = "caught"
+
+
+def fault_of(mutant: Mutant) -> str | None:
+  """Why an edit cannot be made, or None if it can."""
+  file = ROOT / mutant.file
+  if not file.is_file():
+    return f"{mutant.file}: no such file"
+  count = file.read_text().count(mutant.old)
+  if count != 1:
+    return f"{mutant.file}: {mutant.old!r} stands {count} times; wanted once"
+  return None
+
+
+@contextlib.contextmanager
+def copied_tree() -> Iterator[pathlib.Path]:
+  """A copy of all that the tests read, with the same compilation cache."""
+  with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+    tree = pathlib.Path(directory) / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    for name in TREES:
+      shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in FILES:
+      shutil.copy(ROOT / name, tree / name)
+    (ROOT / CACHE).resolve().mkdir(parents=True, exist_ok=True)
+    (tree / CACHE).parent.mkdir(parents=True)
+    (tree / CACHE).symlink_to((ROOT / CACHE).resolve())
+    yield tree
+
+
+def passes(tree: pathlib.Path, tests: Iterable[str]) -> Outcome:
+  """Runs tests in a tree; the verdict is pytest's, in words."""
+  command = [sys.executable, "-m", "pytest", "-x", "-q"]
+  command += ["-p", "no:cacheprovider", *tests]
+  # No bytecode: a file that is edited and restored within a second may keep
+  # its size and its time, by which Python knows a stale one.
+  environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+  began = time.monotonic()
+  try:
+    found = subprocess.run(
+      command,
+      cwd=tree,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=LIMIT_S,
+    )
+  except subprocess.TimeoutExpired:
+    return Outcome(f"more than {LIMIT_S} s", time.monotonic() - began)
+  # Of pytest: 1 is a test that failed; what is not 0 or 1 is no verdict (2 an
+  # import that failed, 4 and 5 no such test).
+  verdict = {0: "passed", 1: "failed"}.get(
+    found.returncode, f"pytest ended with {found.returncode}"
+  )
+  seconds = time.monotonic() - began
+  return Outcome(verdict, seconds, found.stdout + found.stderr)
+
+
+def outcome_of(tree: pathlib.Path, mutant: Mutant) -> Outcome:
+  """Plants one mutant, runs its test, and puts the file back."""
+  file = tree / mutant.file
+  whole = file.read_text()
+  file.write_text(whole.replace(mutant.old, mutant.new))
+  try:
+    found = passes(tree, [mutant.test])
+  finally:
+    file.write_text(whole)
+  verdicts = {"failed": CAUGHT, "passed": "SURVIVES"}
+  return found._replace(verdict=verdicts.get(found.verdict, found.verdict))
+
+
+def tests_by_file(mutants: Sequence[Mutant]) -> dict[str, list[str]]:
+  """Test file → what of it the mutants name; the file alone if one does."""
+  found: dict[str, set[str]] = {}
+  for mutant in mutants:
+    found.setdefault(mutant.test.partition("::")[0], set()).add(mutant.test)
+  return {
+    file: [file] if file in names else sorted(names)
+    for file, names in found.items()
+  }
+
+
+def run(mutants: Sequence[Mutant], jobs: int) -> bool:
+  """Runs the tests unmutated and then mutated; whether all is as it should."""
+  trees: queue.Queue[pathlib.Path] = queue.Queue()
+
+  def in_a_tree(function, *arguments):
+    tree = trees.get()
+    try:
+      return function(tree, *arguments)
+    finally:
+      trees.put(tree)
+
+  with contextlib.ExitStack() as stack:
+    for _ in range(jobs):
+      trees.put(stack.enter_context(copied_tree()))
+    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(jobs))
+    whole = {
+      file: pool.submit(in_a_tree, passes, tests)
+      for file, tests in tests_by_file(mutants).items()
+    }
+    sound = True
+    for file, future in whole.items():
+      found = future.result()
+      print(f"unmutated: {file}: {found.verdict} in {found.seconds:.0f} s")
+      if found.verdict != "passed":
+        sound = False
+        print(found.output)
+    if not sound:
+      return False
+    print()
+    outcomes = [pool.submit(in_a_tree, outcome_of, m) for m in mutants]
+    for mutant, future in zip(mutants, outcomes):
+      print(_row(mutant, future.result()), flush=True)
+    verdicts = [future.result().verdict for future in outcomes]
+  caught = verdicts.count(CAUGHT)
+  print(f"\n{caught} of {len(mutants)} mutants are caught")
+  return caught == len(mutants)
+
+
+def _row(mutant: Mutant, found: Outcome) -> str:
+  cells = mutant.name, mutant.file, mutant.test, found.verdict
+  return f"{' · '.join(cells)} · {found.seconds:.0f} s"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command; returns its exit code."""
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument(
+    "--only", action="append", metavar="NAME", help="a mutant; may be repeated"
+  )
+  parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+  parser.add_argument("--list", action="store_true", help="show and do nothing")
+  options = parser.parse_args(arguments)
+  names = options.only or [mutant.name for mutant in MUTANTS]
+  if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
+    parser.error(f"no mutants of these names: {', '.join(sorted(unknown))}")
+  chosen = [mutant for mutant in MUTANTS if mutant.name in names]
+  if options.list:
+    for mutant in chosen:
+      print(f"{mutant.name} · {mutant.file} · {mutant.test}")
+    return 0
+  if faults := list(filter(None, map(fault_of, chosen))):
+    print("\n".join(faults))
+    return 1
+  return 0 if run(chosen, options.jobs) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
