@@ -44,6 +44,7 @@ def tiny(*overrides):
   config = defaults.get_config()
   sizes = ["model.width=8", "model.layers=1", "model.mlp_width=8"]
   sizes += ["rollout.prompt_length=4", "rollout.response_length=4"]
+  sizes += ["train.batch_size=32", "mesh.data=1"]
   defaults.apply_overrides(config, [*sizes, *overrides])
   return config
 
@@ -104,6 +105,28 @@ def test_a_prompt_is_on_one_side_with_all_its_pairs(read):
   assert len(set(seen)) == 7 and len(set(held)) == 3
   answers = responses_of(train.chosen) + responses_of(heldout.chosen)
   assert sorted(answers) == sorted(responses_of(pairs.chosen))
+
+
+def test_a_sure_judge_prefers_what_gold_prefers(policy):
+  """Two independent answers to a prompt; the better one is chosen."""
+  config = tiny(
+    "data.size=96",
+    "data.judge_temperature=1e-6",
+    "rollout.prompt_length=8",
+    "seed=3",
+  )
+  pairs = preferences.sampled(config, policy)
+  chosen, rejected = map(
+    toy_language.gold_reward, (pairs.chosen, pairs.rejected)
+  )
+  assert np.all(chosen >= rejected) and np.mean(chosen > rejected) > 0.2
+  for name in ("prompt_tokens", "prompt_lengths"):
+    both = (getattr(side, name) for side in (pairs.chosen, pairs.rejected))
+    np.testing.assert_array_equal(*both)
+  first, second = map(responses_of, (pairs.chosen, pairs.rejected))
+  assert np.mean([a != b for a, b in zip(first, second)]) > 0.9
+  # The second batch of rows has random numbers of its own.
+  assert len(set(first)) > 90
 
 
 def test_responses_of_texts_end_with_the_stop(policy, tmp_path):

@@ -15,6 +15,7 @@ import tokenizers
 
 from configs import defaults
 from rlhf_jax import errors
+from rlhf_jax.data import batches
 from rlhf_jax.models import transformer
 from rlhf_jax.stages import alarms, pipeline
 from rlhf_jax.stages import ppo as ppo_stage
@@ -160,7 +161,10 @@ def test_the_controller_moves_beta(controlled):
 
 
 def test_the_rate_falls_over_updates_and_not_over_steps(train, monkeypatch):
-  """Two steps of 2 × 2 updates are eight; the last step still moves."""
+  """Two steps of 2 × 2 updates are eight; the last step still moves.
+
+  And each step has a batch of its own, of the run's seed.
+  """
   made, make = [], optimizer_lib.make
 
   def noted(config):
@@ -168,7 +172,15 @@ def test_the_rate_falls_over_updates_and_not_over_steps(train, monkeypatch):
     return make(config)
 
   monkeypatch.setattr(optimizer_lib, "make", noted)
-  run = train("run", "optimizer.schedule=linear")
+  steps, batch_at = set(), batches.batch_at
+
+  def drawn(rows, *, seed, step, batch_size):
+    steps.add((seed, step))
+    return batch_at(rows, seed=seed, step=step, batch_size=batch_size)
+
+  monkeypatch.setattr(batches, "batch_at", drawn)
+  run = train("run", "optimizer.schedule=linear", "seed=3")
+  assert steps == {(3, 0), (3, 1)}
   assert [config.updates for config in made] == [8]
   assert rows(run)[-1]["kl/to_old_policy"] > 1e-6
 
