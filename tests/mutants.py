@@ -348,7 +348,10 @@ MUTANTS = (
     "rlhf_jax/models/convert.py",
     '"|lm_head.weight" * config.tie_embeddings',
     '"|lm_head.weight"',
-    "tests/models/test_convert.py::test_all_that_is_wrong_is_listed_at_once",
+    (
+      "tests/models/test_convert.py"
+      "::test_lm_head_of_an_untied_reward_model_is_extra"
+    ),
   ),
   # Text.
   Mutant(
@@ -826,8 +829,8 @@ MUTANTS = (
     "preference_data.prompts_of(heldout)",
     "preference_data.prompts_of(train)",
     (
-      "tests/stages/test_pipeline.py"
-      "::test_the_score_is_normalised_on_held_out_prompts"
+      "tests/stages/test_reward_model.py"
+      "::test_what_is_held_out_judges_and_normalises"
     ),
   ),
   Mutant(
@@ -856,7 +859,7 @@ MUTANTS = (
     "rewind=workdir.rewind",
     "rewind=lambda step: None",
     (
-      "tests/stages/test_pipeline.py"
+      "tests/stages/test_sft.py"
       "::test_steps_beyond_the_checkpoint_are_in_no_file_twice"
     ),
   ),
@@ -866,7 +869,7 @@ MUTANTS = (
     "rewind=workdir.rewind",
     "rewind=lambda step: None",
     (
-      "tests/stages/test_pipeline.py"
+      "tests/stages/test_reward_model.py"
       "::test_steps_beyond_the_checkpoint_are_in_no_file_twice"
     ),
   ),
@@ -963,8 +966,8 @@ MUTANTS = (
     "    heldout,\n    mesh",
     "    train,\n    mesh",
     (
-      "tests/stages/test_pipeline.py"
-      "::test_the_score_is_normalised_on_held_out_prompts"
+      "tests/stages/test_reward_model.py"
+      "::test_what_is_held_out_judges_and_normalises"
     ),
   ),
   Mutant(
@@ -972,10 +975,7 @@ MUTANTS = (
     "rlhf_jax/stages/sft.py",
     "    heldout,\n    mesh",
     "    train,\n    mesh",
-    (
-      "tests/stages/test_pipeline.py"
-      "::test_sft_is_measured_on_what_it_did_not_read"
-    ),
+    "tests/stages/test_sft.py::test_it_is_measured_on_what_it_did_not_read",
   ),
   Mutant(
     "sft-sees-one-batch",
@@ -983,7 +983,7 @@ MUTANTS = (
     "seed=config.seed, step=index",
     "seed=config.seed, step=0",
     (
-      "tests/stages/test_pipeline.py"
+      "tests/stages/test_sft.py"
       "::test_steps_beyond_the_checkpoint_are_in_no_file_twice"
     ),
   ),
@@ -993,7 +993,7 @@ MUTANTS = (
     "seed=config.seed, step=index",
     "seed=config.seed, step=0",
     (
-      "tests/stages/test_pipeline.py"
+      "tests/stages/test_reward_model.py"
       "::test_steps_beyond_the_checkpoint_are_in_no_file_twice"
     ),
   ),
@@ -1019,7 +1019,10 @@ MUTANTS = (
     "rlhf_jax/stages/sft.py",
     "start, params=state.params",
     "start",
-    "tests/stages/test_pipeline.py::test_each_stage_leaves_what_it_trained",
+    (
+      "tests/stages/test_sft.py"
+      "::test_steps_beyond_the_checkpoint_are_in_no_file_twice"
+    ),
   ),
   Mutant(
     "reward-model-from-a-random-start",
@@ -1033,10 +1036,7 @@ MUTANTS = (
     "rlhf_jax/stages/ppo.py",
     '"reward": models.reward.identity',
     '"reward": ""',
-    (
-      "tests/stages/test_pipeline.py"
-      "::test_resume_refuses_another_model_to_stand_on"
-    ),
+    "tests/stages/test_ppo.py::test_another_reward_is_refused_on_resume",
   ),
   Mutant(
     "another-start-on-resume",
@@ -1044,8 +1044,8 @@ MUTANTS = (
     "checkpoint.tree_hash(policy.params)",
     '""',
     (
-      "tests/stages/test_pipeline.py"
-      "::test_resume_refuses_another_model_to_stand_on"
+      "tests/stages/test_reward_model.py"
+      "::test_another_policy_to_stand_on_is_refused_on_resume"
     ),
   ),
   Mutant(

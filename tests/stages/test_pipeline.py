@@ -1,6 +1,5 @@
 """Stages from end to end at a tiny size: files, resume, refusals."""
 
-import functools
 import json
 import pathlib
 import shutil
@@ -9,15 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import defaults, ppo, quickstart, reward_model, sft
-from rlhf_jax import errors, types
-from rlhf_jax.data import batches, preferences, sampling, texts
+from configs import defaults, ppo, quickstart
+from rlhf_jax import errors
 from rlhf_jax.models import convert
 from rlhf_jax.stages import pipeline as pipeline_lib
-from rlhf_jax.steps import rewards
 from rlhf_jax.storage import checkpoint, export, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.text import toy_language
 
 BETAS = (0.0, 0.3)
 CONTROLLER = ("kl.controller=dual", "kl.target=0.1")
@@ -179,37 +175,6 @@ def test_resumed_is_uninterrupted(pipeline, tmp_path):
   assert checkpoint.tree_hash(first[0]) == checkpoint.tree_hash(second[0])
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model"])
-def test_steps_beyond_the_checkpoint_are_in_no_file_twice(
-  pipeline, tmp_path, stage, monkeypatch
-):
-  """Killed after steps that no checkpoint has: they are done and told anew.
-
-  Each with its own batch, of the run's seed.
-  """
-  steps, batch_at = set(), batches.batch_at
-
-  def noted(rows, *, seed, step, batch_size):
-    steps.add((seed, step))
-    return batch_at(rows, seed=seed, step=step, batch_size=batch_size)
-
-  monkeypatch.setattr(batches, "batch_at", noted)
-  configs = {"sft": sft, "reward_model": reward_model}
-  config = shrunk(configs[stage].get_config(), "seed=3")
-  if stage == "reward_model":
-    config.policy.path = str(pipeline / "sft")
-  workdir = tmp_path / "run"
-  pipeline_lib.run(config, str(workdir), resume=False)
-  assert steps == {(3, step) for step in range(4)}
-  before = checkpoint.load_params(workdir / "model")[0]
-  shutil.rmtree(workdir / "checkpoints" / "4")
-  pipeline_lib.run(config, str(workdir), resume=True)
-  found = [row["step"] for row in rows(workdir / "metrics.jsonl")]
-  assert found == [0, 1, 2, 3]
-  after = checkpoint.load_params(workdir / "model")[0]
-  assert checkpoint.tree_hash(before) == checkpoint.tree_hash(after)
-
-
 def test_resume_refuses_another_reference(pipeline, tmp_path):
   """Trap 11. The reference of a resumed run is the one that it began with."""
   sft = tmp_path / "sft"
@@ -222,28 +187,6 @@ def test_resume_refuses_another_reference(pipeline, tmp_path):
   longer = single(pipeline, f"policy.path={sft}", "train.steps=4")
   with pytest.raises(errors.UserError, match="the reference"):
     pipeline_lib.run(longer, str(tmp_path / "run"), resume=True)
-
-
-@pytest.mark.parametrize(
-  "stage, moved", [("ppo", "reward_model"), ("reward_model", "sft")]
-)
-def test_resume_refuses_another_model_to_stand_on(
-  pipeline, tmp_path, stage, moved
-):
-  """Trap 11, of all that a run stands on: reward and start as well."""
-  shutil.copytree(pipeline / moved, tmp_path / moved)
-  path = f"reward.path={tmp_path / moved}"
-  config = single(pipeline, path, "train.steps=2")
-  if stage == "reward_model":
-    path = f"policy.path={tmp_path / moved}"
-    config = shrunk(reward_model.get_config(), path, "train.steps=2")
-  pipeline_lib.run(config, str(tmp_path / "run"), resume=False)
-  params, metadata = checkpoint.load_params(tmp_path / moved / "model")
-  params["transformer"]["final_norm"]["scale"][0] += 1e-3
-  checkpoint.save_params(tmp_path / moved / "model", params, metadata)
-  config.train.steps = 4
-  with pytest.raises(errors.UserError, match="the reward model is not the one"):
-    pipeline_lib.run(config, str(tmp_path / "run"), resume=True)
 
 
 def test_a_held_workdir_is_refused_without_resume(pipeline):
@@ -365,89 +308,6 @@ def test_files_of_prompts_texts_and_pairs(pipeline, tmp_path):
   metrics = run("ppo", "ppo", pairs, f"reward.path={tmp_path / 'reward_model'}")
   assert "reward/gold" not in metrics
   assert np.isfinite(metrics["reward/score"])
-
-
-def test_the_score_is_normalised_on_held_out_prompts(
-  pipeline, tmp_path, monkeypatch
-):
-  """Mean 0 and deviation 1 where the policy answers what nobody trained on.
-
-  The held-out pairs are the other way round here: all of them are lost.
-  """
-  path = tmp_path / "pairs.jsonl"
-  pairs = [
-    {"prompt": f"{w} {c}", "chosen": good, "rejected": bad}
-    for w in ("it", "the film", "the plot", "this story", "that hero")
-    for c in ("was", "felt", "seemed", "looked")
-    for good, bad in ((" lovely .", " dull ."), (" warm .", " cold ."))
-  ]
-  path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
-  config = shrunk(
-    reward_model.get_config(),
-    f"policy.path={pipeline / 'sft'}",
-    f"data.path={path}",
-    "data.heldout_fraction=0.25",
-    "optimizer.learning_rate=0.01",
-    "train.steps=12",
-  )
-  drawn, sets = [], []
-  split = preferences.split
-
-  def reversed_where_held_out(config, pairs):
-    sets.extend(split(config, pairs))
-    heldout = types.PreferencePairs(sets[1].rejected, sets[1].chosen)
-    return sets[0], heldout
-
-  monkeypatch.setattr(preferences, "split", reversed_where_held_out)
-  sample = sampling.sample
-
-  def noted(*args, **named):
-    drawn.append(sample(*args, **named))
-    return drawn[-1]
-
-  monkeypatch.setattr(sampling, "sample", noted)
-  pipeline_lib.run(config, str(tmp_path / "run"), resume=False)
-
-  metrics = rows(tmp_path / "run" / "metrics.jsonl")
-  assert metrics[-1]["reward_model/accuracy"] == 1
-  summary = read(tmp_path / "run" / "summary.json")["metrics"]
-  assert summary["reward_model/heldout_accuracy"] == 0
-  (responses,) = drawn
-  _, heldout = sets
-  as_set = lambda tokens: {tuple(row) for row in np.asarray(tokens).tolist()}
-  held = as_set(heldout.chosen.prompt_tokens)
-  assert len(held) == 5
-  assert as_set(responses.prompt_tokens) == held
-
-  model = pretrained.load_workdir(tmp_path / "run")
-  raw = jax.jit(functools.partial(rewards.raw_scores, model=model.model))
-  scores = raw(model.params, responses)
-  moments = model.params["normalisation"]
-  np.testing.assert_allclose(moments["mean"], scores.mean(), atol=1e-5)
-  np.testing.assert_allclose(moments["std"], scores.std(ddof=1), rtol=1e-2)
-
-
-def test_sft_is_measured_on_what_it_did_not_read(
-  pipeline, tmp_path, monkeypatch
-):
-  """What is held out ends otherwise here than all that is trained on."""
-  del pipeline  # Its programs are compiled.
-  vocabulary = toy_language.VOCABULARY
-  ids = lambda text: [vocabulary.index(word) for word in text.split()]
-  prompts = [f"<start> {w} was" for w in ("it", "film", "plot", "story")]
-  sides = [
-    [(ids(prompt), ids(end)) for prompt in prompts for end in ends]
-    for ends in (["lovely .", "warm ."] * 40, ["dull", "cold"])
-  ]
-  monkeypatch.setattr(texts, "read", lambda *args, **named: sides)
-  config = shrunk(
-    sft.get_config(), "optimizer.learning_rate=0.03", "train.steps=12"
-  )
-  pipeline_lib.run(config, str(tmp_path / "run"), resume=False)
-  metrics = rows(tmp_path / "run" / "metrics.jsonl")
-  heldout = read(tmp_path / "run" / "summary.json")["metrics"]
-  assert metrics[-1]["sft/loss"] < 2
-  assert heldout["sft/heldout_loss"] > 4
 
 
 def test_the_built_in_language_needs_its_own_policy(shared_data, tmp_path):

@@ -6,6 +6,7 @@ The models are not trained: what is shown here holds for any.
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from rlhf_jax.models import transformer
 from rlhf_jax.stages import alarms, pipeline
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.steps import optimizer as optimizer_lib
-from rlhf_jax.storage import pretrained
+from rlhf_jax.storage import checkpoint, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
 
@@ -214,6 +215,18 @@ def test_the_ledger_of_every_step(controlled):
     # 8 responses have 28 pairs; a whole number of halves agrees.
     assert 0 <= row["reward/pair_accuracy"] <= 1
     assert "reward/agreement" not in row
+
+
+def test_another_reward_is_refused_on_resume(models, train, tmp_path):
+  """Trap 11: the reward of a resumed run is the one that it began with."""
+  shutil.copytree(models / "reward_a", tmp_path / "reward")
+  options = f"reward.path={tmp_path / 'reward'}", "train.steps=2"
+  train("run", *options)
+  params, metadata = checkpoint.load_params(tmp_path / "reward" / "model")
+  params["score_head"]["kernel"][0] += 1e-3
+  checkpoint.save_params(tmp_path / "reward" / "model", params, metadata)
+  with pytest.raises(errors.UserError, match="reward model is not the one"):
+    train("run", options[0], "train.steps=4", resume=True)
 
 
 def columns(records, values):
