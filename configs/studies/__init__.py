@@ -6,6 +6,8 @@ it found.
 
 from ml_collections import ConfigDict
 
+from configs import ppo
+
 
 def new(*, study: str, claim: str, source: str) -> ConfigDict:
   """The fields that every study has.
@@ -18,6 +20,18 @@ def new(*, study: str, claim: str, source: str) -> ConfigDict:
   return ConfigDict(
     {"study": study, "claim": claim, "source": source, "seed": 0}
   )
+
+
+def add_training(config: ConfigDict, *, steps: int) -> None:
+  """PPO on the built-in language, of as many steps, as `config.training`.
+
+  It has the study's seed, and saves its state at the end alone.
+  """
+  config.training = ppo.toy()
+  config.training.seed = config.get_ref("seed").identity()
+  config.training.train.steps = steps
+  config.training.checkpoint.every = 1000
+  config.training.checkpoint.keep = 1
 
 
 def shrink(training: ConfigDict) -> None:

@@ -14,7 +14,7 @@ others, make a run's mean, so it compares medians, by their ratio.
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -36,13 +36,9 @@ def full() -> ConfigDict:
   config.seeds = 6  # from config.seed on; each is a run of every arm
   config.last = 15  # steps that are the end of a run
   config.margin = 0.2  # gold reward that both together may lose to one alone
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
+  studies.add_training(config, steps=50)
   config.training.kl.beta = 0.1  # where the penalty is on
   config.training.ppo.epochs = 4  # Enough that clipping acts.
-  config.training.train.steps = 50
-  config.training.checkpoint.keep = 1
-  config.training.checkpoint.every = 1000
   config.lock()
   return config
 

@@ -1,6 +1,7 @@
 """Who plays what in a run: the policy, the reference, the reward."""
 
 import dataclasses
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -22,6 +23,21 @@ class Reward:
   normalised: bool = False
   agreement: rewards.Agreement | None = None
   host: text_rewards.TextReward | None = None
+
+
+class Models(NamedTuple):
+  """Who plays what; the reference and the reward stay as they are."""
+
+  policy: pretrained_lib.Pretrained
+  reference: pretrained_lib.Pretrained
+  reward: Reward
+
+
+def load(config: ConfigDict) -> Models:
+  """The models that the config names, checked against it and each other."""
+  policy = pretrained_lib.load_policy(config)
+  validate.validate_model(config, policy.model)
+  return Models(policy, reference(config, policy), reward(config, policy))
 
 
 def reference(

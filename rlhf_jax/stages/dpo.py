@@ -9,8 +9,6 @@ metrics.jsonl is of the policy before its step, the last one of the finished
 policy, on `FINAL_PROMPTS` responses.
 """
 
-import dataclasses
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +17,12 @@ from ml_collections import ConfigDict
 from rich import console as rich_console
 
 from rlhf_jax import types
-from rlhf_jax.data import batches
-from rlhf_jax.data import preferences as preference_data
-from rlhf_jax.settings import roles, static, validate
-from rlhf_jax.stages import alarms, loop, sample_records
+from rlhf_jax.data import batches, preferences
+from rlhf_jax.settings import roles, static
+from rlhf_jax.stages import alarms, loop, sample_records, training
 from rlhf_jax.steps import dpo, offline_ledger, sharding
-from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import reference as reference_lib
 from rlhf_jax.storage import checkpoint, reference_cache
-from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
 
@@ -49,87 +44,54 @@ def run(
   console: rich_console.Console,
 ) -> dict[str, Any]:
   """Trains, leaves the policy in the workdir and returns the summary."""
-  began = time.monotonic()
-  policy = pretrained_lib.load_policy(config)
-  validate.validate_model(config, policy.model)
-  held = roles.reference(config, policy)
-  pairs = preference_data.read(config, policy, console, stage="dpo")
-  sides = preference_data.split(config, pairs)
-  prompts = preference_data.prompts_of(sides[1])
-  mesh = static.mesh(config)
+  stage = training.begin(config, workdir, console)
+  held = roles.reference(config, stage.start)
+  pairs = preferences.read(config, stage.start, console, stage="dpo")
+  sides = preferences.split(config, pairs)
+  prompts = preferences.prompts_of(sides[1])
   reference = reference_lib.freeze(held.params)
-  reference = jax.device_put(reference, sharding.shardings(reference, mesh))
+  reference = jax.device_put(
+    reference, sharding.shardings(reference, stage.mesh)
+  )
   identity = checkpoint.tree_hash(reference)
-  compiled = _settings(config, policy, held)
-  train, heldout = _with_reference(
-    config, workdir, sides, held, reference, identity, mesh
-  )
-  optimizer = optimizer_lib.make(static.optimizer_config(config))
-  step = offline_ledger.with_ledger(
-    dpo.make_step(compiled.step, optimizer), compiled.ledger
-  )
+  compiled = _settings(config, stage.start, held)
+  train, heldout = _with_reference(stage, sides, held, reference, identity)
+  optimizer = stage.optimizer()
+  params = {"transformer": stage.start.params["transformer"]}
+  record = _Record(stage)
   key = jax.random.key(config.seed)
-  size = config.train.batch_size
-
-  def arguments(index):
-    rows = [
-      batches.batch_at(x, seed=config.seed, step=index, batch_size=size)
-      for x in (train, prompts)
-    ]
-    batch, asked = sharding.place_batch(rows, mesh)
-    return batch, reference, asked, key
-
-  record = _Record(config, workdir, policy, console)
-  state = loop.drive(
-    loop.Run(
-      name="dpo",
-      steps=config.train.steps,
-      mesh=mesh,
-      checkpoints=checkpoint.Checkpoints(
-        workdir.path / "checkpoints", **config.checkpoint
-      ),
-      metadata={"reference": identity},
+  state = stage.drive(
+    offline_ledger.with_ledger(
+      dpo.make_step(compiled.step, optimizer), compiled.ledger
     ),
     dpo.init_state(
-      {"transformer": jax.tree.map(jnp.asarray, policy.params["transformer"])},
+      jax.tree.map(jnp.asarray, params),
       beta=config.kl.beta,
       optimizer=optimizer,
     ),
-    step,
-    arguments=arguments,
-    rewind=workdir.rewind,
+    arguments=lambda index: (
+      stage.batch(train, index),
+      reference,
+      stage.batch(prompts, index),
+      key,
+    ),
     record=record.step,
-    console=console,
+    metadata={"reference": identity},
   )
-  looked = _finished(config, state, reference, prompts, mesh, compiled.ledger)
-  metrics = workdir.mean_of_last()
+  looked = _finished(stage, state, reference, prompts, compiled.ledger)
+  measured = workdir.mean_of_last()  # Of the steps, before the last look.
   record.finished(looked)
-  metrics |= {name: float(x) for name, x in looked.scalars.items()}
-  metrics |= _heldout(config, state, heldout, mesh, compiled.step)
-  final = dataclasses.replace(
-    policy, params=state.params, where=str(workdir.path)
-  )
-  pretrained_lib.save(workdir, final)
-  summary = {
-    "stage": "dpo",
-    "seed": config.seed,
-    "steps": config.train.steps,
-    "wall_s": time.monotonic() - began,
-    "metrics": metrics,
-  }
-  workdir.write_summary(summary)
-  return summary
+  measured |= {name: float(x) for name, x in looked.scalars.items()}
+  measured |= _heldout(stage, state, heldout, compiled.step)
+  return stage.finish(stage.trained(state.params), measured)
 
 
 class _Record:
   """Writes the steps; keeps the figures of the last look for the display."""
 
-  def __init__(self, config, workdir, policy, console):
-    self._config = config
-    self._workdir = workdir
-    self._policy = policy
-    self._console = console
-    self._watch = alarms.Watch(config.model.compute_dtype)
+  def __init__(self, stage: training.Stage):
+    self._stage = stage
+    self._watch = alarms.Watch(stage.config.model.compute_dtype)
     self._shown = {}
 
   def step(self, index, metrics, seconds):
@@ -138,28 +100,30 @@ class _Record:
     loop.check_finite("dpo", index, scalars)
     names = {"loss": "dpo/loss", "accuracy": "dpo/accuracy"}
     shown = {name: scalars[metric] for name, metric in names.items()}
-    if index % self._config.train.samples_every == 0:
+    if index % self._stage.config.train.samples_every == 0:
       self._look(index, looked)
       scalars = scalars | looked.scalars
-    self._workdir.append_metrics(index, scalars | {"time/step_s": seconds})
+    self._stage.workdir.append_metrics(
+      index, scalars | {"time/step_s": seconds}
+    )
     return {"": shown | self._shown}
 
   def finished(self, looked):
     """Writes what the finished policy wrote."""
-    steps = self._config.train.steps
+    steps = self._stage.config.train.steps
     self._look(steps, looked)
-    self._workdir.append_metrics(steps, looked.scalars)
+    self._stage.workdir.append_metrics(steps, looked.scalars)
     figures = " ".join(f"{n} {float(x):.3g}" for n, x in self._shown.items())
-    self._console.print(f"dpo: the finished policy: {figures}")
+    self._stage.console.print(f"dpo: the finished policy: {figures}")
 
   def _look(self, index, looked):
     loop.check_finite("dpo", index, looked.scalars)
     for alarm in self._watch.alarms(index, looked.scalars):
-      self._console.print(
+      self._stage.console.print(
         f"dpo step {index} {alarm}", style="yellow", markup=False
       )
-    self._workdir.append_samples(
-      sample_records.of_step(index, self._policy, looked, most=SAMPLES)
+    self._stage.workdir.append_samples(
+      sample_records.of_step(index, self._stage.start, looked, most=SAMPLES)
     )
     names = {"KL": "kl/reverse_exact", "gold": "reward/gold"}
     self._shown = {
@@ -189,8 +153,9 @@ def _settings(config, policy, held) -> _Settings:
   return _Settings(step, ledger)
 
 
-def _with_reference(config, workdir, sides, held, reference, identity, mesh):
+def _with_reference(stage, sides, held, reference, identity):
   """Train and held-out batches, with what their loss asks of the reference."""
+  config = stage.config
   if config.dpo.loss == "simpo":
     return [dpo.Batch(side) for side in sides]
   sets: dict[str, types.PreferencePairs] = {
@@ -199,7 +164,7 @@ def _with_reference(config, workdir, sides, held, reference, identity, mesh):
   }
   if config.dpo.loss == "kto":
     sets |= {
-      f"{name}_mismatched": preference_data.mismatched(side)
+      f"{name}_mismatched": preferences.mismatched(side)
       for name, side in sets.items()
     }
   asked = dpo.DPOConfig(
@@ -210,13 +175,10 @@ def _with_reference(config, workdir, sides, held, reference, identity, mesh):
   )
   score = jax.jit(dpo.pair_logprobs, static_argnums=2)
   logprobs = reference_cache.load_or_make(
-    workdir.path / "reference_logprobs.safetensors",
+    stage.workdir.path / "reference_logprobs.safetensors",
     sets,
-    lambda pairs: batches.map_rows(
-      lambda batch, _: score(reference, batch, asked),
-      pairs,
-      mesh=mesh,
-      batch_size=config.train.batch_size,
+    lambda pairs: stage.measured(
+      lambda batch: score(reference, batch, asked), pairs
     ),
     reference=identity,
     temperature=config.rollout.temperature,
@@ -230,8 +192,9 @@ def _with_reference(config, workdir, sides, held, reference, identity, mesh):
   return [whole["train"], whole["heldout"]]
 
 
-def _finished(config, state, reference, prompts, mesh, ledger) -> types.Metrics:
+def _finished(stage, state, reference, prompts, ledger) -> types.Metrics:
   """What the finished policy writes, and its ledger."""
+  config = stage.config
   prompts = batches.batch_at(
     prompts,
     seed=config.seed,
@@ -245,7 +208,7 @@ def _finished(config, state, reference, prompts, mesh, ledger) -> types.Metrics:
       state.params, reference, batch, jax.random.fold_in(key, index), ledger
     ),
     prompts,
-    mesh=mesh,
+    mesh=stage.mesh,
     batch_size=config.train.batch_size,
   )
   rollout, comparison = jax.tree.map(jnp.asarray, (rollout, comparison))
@@ -254,14 +217,11 @@ def _finished(config, state, reference, prompts, mesh, ledger) -> types.Metrics:
   return jax.device_get(of_samples(rollout, comparison, beta, ledger))
 
 
-def _heldout(config, state, heldout, mesh, step_config):
+def _heldout(stage, state, heldout, settings):
   """Means over the held-out pairs of what a step reports."""
   evaluate = jax.jit(dpo.pair_figures, static_argnums=3)
-  figures = batches.map_rows(
-    lambda batch, _: evaluate(state.params, batch, state.beta, step_config),
-    heldout,
-    mesh=mesh,
-    batch_size=config.train.batch_size,
+  figures = stage.measured(
+    lambda batch: evaluate(state.params, batch, state.beta, settings), heldout
   )
   return {
     name.replace("/", "/heldout_"): float(figure.mean())

@@ -6,16 +6,14 @@ that trained the policy.
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from rich import box as rich_box
 from rich import console as rich_console
-from rich import table as rich_table
-from rich import text as rich_text
 
 from rlhf_jax import errors
 from rlhf_jax.measures import best_of_n, evaluation, retention
+from rlhf_jax.report import evaluation as tables
 from rlhf_jax.settings import roles, validate
 from rlhf_jax.stages import sample_records, trained_run
 from rlhf_jax.steps import evaluate as evaluate_lib
@@ -25,6 +23,14 @@ from rlhf_jax.text import tokenizer as tokenizer_lib
 
 # Whose responses are drawn: independent streams of config.seed.
 _POLICY, _OPPONENT, _BEST_OF_N = range(3)
+
+
+class _Measured(NamedTuple):
+  """The policy's evaluation, the opponent's, and the best of n."""
+
+  mine: evaluate_lib.Evaluation
+  theirs: evaluate_lib.Evaluation
+  choices: list[best_of_n.BestOfN]
 
 
 def run(
@@ -37,68 +43,69 @@ def run(
   began = time.monotonic()
   trained = trained_run.read(config)
   config = trained_run.with_roles(config, trained, console)
-  policy = pretrained_lib.load_policy(config)
-  validate.validate_model(config, policy.model)
-  reference = roles.reference(config, policy)
-  reward = roles.reward(config, policy)
-  opponent = _opponent(config, policy) or reference
+  models = roles.load(config)
+  opponent = _opponent(config, models.policy) or models.reference
   shared = trained_run.shares_prompts(config, trained)
-  prompts = evaluation.heldout_prompts(config, policy, console, shared=shared)
+  prompts = evaluation.heldout_prompts(
+    config, models.policy, console, shared=shared
+  )
   if not shared:
     trained_run.print_overlap(config, trained, console)
-
-  mine = evaluation.evaluate(
-    config,
-    policy,
-    reference,
-    reward,
-    prompts,
-    seed=evaluation.seed_of(config.seed, _POLICY),
-  )
-  theirs = evaluation.evaluate(
-    config,
-    opponent,
-    opponent,
-    reward,
-    prompts,
-    seed=evaluation.seed_of(config.seed, _OPPONENT),
-  )
-  metrics = evaluation.summarise(mine)
-  metrics |= evaluation.win_rate(
-    evaluation.worth(mine), evaluation.worth(theirs)
-  )
-  metrics |= retention.losses(config, policy, reference, console)
-  choices = []
-  if config.evaluate.best_of:
-    choices = evaluation.best_of_n(
-      config,
-      policy,
-      reward,
-      prompts,
-      samples=config.evaluate.best_of,
-      seed=evaluation.seed_of(config.seed, _BEST_OF_N),
-    )
-    for choice in choices:
-      metrics |= _best_of_n_metrics(choice)
-
+  found = _measure(config, models, opponent, prompts)
+  metrics = _metrics(found)
+  metrics |= retention.losses(config, models.policy, models.reference, console)
   summary = {
     "stage": "evaluate",
     "seed": config.seed,
     "wall_s": time.monotonic() - began,
-    "policy": policy.where,
-    "reference": reference.where,
+    "policy": models.policy.where,
+    "reference": models.reference.where,
     "reward": config.reward.path or config.reward.function,
     "against": opponent.where,
     "prompts": len(prompts.lengths),
     "metrics": metrics,
   }
   workdir.rewind(0)
-  workdir.append_samples(_records(policy, mine, theirs))
+  workdir.append_samples(_records(models.policy, found.mine, found.theirs))
   workdir.write_summary(summary)
-  _show(console, summary)
-  if choices:
-    _show_best_of_n(console, choices)
+  tables.print_summary(console, summary)
+  if found.choices:
+    tables.print_best_of_n(console, found.choices)
   return summary
+
+
+def _measure(config, models: roles.Models, opponent, prompts) -> _Measured:
+  """Each under random numbers of its own."""
+  seed = lambda stream: evaluation.seed_of(config.seed, stream)
+  against = lambda policy, reference, stream: evaluation.evaluate(
+    config, policy, reference, models.reward, prompts, seed=seed(stream)
+  )
+  choices = []
+  if config.evaluate.best_of:
+    choices = evaluation.best_of_n(
+      config,
+      models.policy,
+      models.reward,
+      prompts,
+      samples=config.evaluate.best_of,
+      seed=seed(_BEST_OF_N),
+    )
+  return _Measured(
+    against(models.policy, models.reference, _POLICY),
+    against(opponent, opponent, _OPPONENT),
+    choices,
+  )
+
+
+def _metrics(found: _Measured) -> dict[str, float]:
+  """Means with errors, wins, and what the best of n are worth."""
+  metrics = evaluation.summarise(found.mine)
+  metrics |= evaluation.win_rate(
+    evaluation.worth(found.mine), evaluation.worth(found.theirs)
+  )
+  for choice in found.choices:
+    metrics |= _best_of_n_metrics(choice)
+  return metrics
 
 
 def _opponent(config, policy) -> pretrained_lib.Pretrained | None:
@@ -156,84 +163,3 @@ def _worth(of: evaluate_lib.Evaluation, row: int) -> dict[str, float]:
   if of.gold is not None:
     found["gold"] = float(of.gold[row])
   return found
-
-
-_SHOWN = {
-  "reward/score": "score",
-  "reward/gold": "gold",
-  "kl/reverse_exact": "KL(π‖π_ref), nats per response",
-  "kl/reverse_k1": "  by k1",
-  "kl/reverse_k3": "  by k3",
-  "kl/forward_exact": "KL(π_ref‖π) where π goes",
-  "kl/anchored": "KL(π‖π_ref) with π_ref blind to the prefix",
-  "rollout/response_tokens": "tokens per response",
-  "rollout/truncated_fraction": "cut off",
-  "rollout/reference_nll": "reference's NLL, nats per token",
-  "text/distinct_1": "distinct 1-grams",
-  "text/distinct_2": "distinct 2-grams",
-  "text/distinct_3": "distinct 3-grams",
-  "text/self_repetition": "repeated 4-grams",
-}
-
-
-def _show(console: rich_console.Console, summary: dict[str, Any]) -> None:
-  """A table of the figures with their standard errors."""
-  metrics = summary["metrics"]
-  table = _table(
-    f"{summary['prompts']} responses of {summary['policy']} (± standard error)",
-    show_header=False,
-  )
-  table.add_column("")
-  table.add_column("", justify="right", no_wrap=True)
-  for name, label in _SHOWN.items():
-    if name in metrics:
-      table.add_row(label, _figure(metrics, name))
-  low, high = metrics["win/rate_low"], metrics["win/rate_high"]
-  by = "gold" if "reward/gold" in metrics else "score"
-  table.add_row(
-    rich_text.Text(f"wins by {by} against {summary['against']}"),
-    f"{metrics['win/rate']:.3f} [{low:.3f}, {high:.3f}]",
-  )
-  for name in metrics:
-    if name.startswith("retention/") and not name.endswith("_se"):
-      _, corpus, figure = name.split("/")
-      whose = "policy's" if figure == "nll" else "reference's"
-      label = rich_text.Text(f"{whose} NLL of {corpus}")
-      table.add_row(label, _figure(metrics, name))
-  console.print()
-  console.print(table)
-
-
-def _show_best_of_n(
-  console: rich_console.Console, choices: list[best_of_n.BestOfN]
-) -> None:
-  table = _table(
-    "Best of n (KL to the policy, nats per response)", show_header=True
-  )
-  has_gold = choices[0].gold is not None
-  names = "proxy", *["gold"] * has_gold, "kl_estimate"
-  for name in ("n", *names, "at most"):
-    label = "KL" if name == "kl_estimate" else name
-    table.add_column(label, justify="right", no_wrap=True)
-  for choice in choices:
-    figures = dataclasses.asdict(choice)
-    table.add_row(
-      str(choice.n),
-      *(_figure(figures, name) for name in names),
-      f"{choice.kl_bound:.3f}",
-    )
-  console.print(table)
-
-
-def _table(title: str, *, show_header: bool) -> rich_table.Table:
-  return rich_table.Table(
-    title=rich_text.Text(title),  # A path may have brackets.
-    title_justify="left",
-    box=rich_box.SIMPLE_HEAD,
-    show_header=show_header,
-  )
-
-
-def _figure(metrics: dict[str, Any], name: str) -> str:
-  error = f" ± {metrics[f'{name}_se']:.3f}" if f"{name}_se" in metrics else ""
-  return f"{metrics[name]:.3f}{error}"

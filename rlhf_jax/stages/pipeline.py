@@ -35,6 +35,15 @@ _NEEDS = {
 }
 
 
+_STAGES = {
+  "sft": sft_stage,
+  "reward_model": reward_model_stage,
+  "ppo": ppo_stage,
+  "dpo": dpo_stage,
+  "evaluate": evaluate_stage,
+}
+
+
 def run(config: ConfigDict, workdir: str, *, resume: bool) -> None:
   """Runs the stage that the config names, and says where the results are."""
   console = rich_console.Console(highlight=False)
@@ -59,17 +68,9 @@ def run_stage(
   console: rich_console.Console,
 ) -> dict[str, Any]:
   """Runs one stage, whose models exist, and returns its summary."""
-  if config.stage == "sft":
-    return sft_stage.run(config, workdir, console=console)
-  if config.stage == "reward_model":
-    return reward_model_stage.run(config, workdir, console=console)
-  if config.stage == "dpo":
-    return dpo_stage.run(config, workdir, console=console)
-  if config.stage == "evaluate":
-    return evaluate_stage.run(config, workdir, console=console)
-  if not rules.is_sweep(config):
-    return ppo_stage.run(config, workdir, console=console)
-  return sweep.run(config, workdir, resume=resume, console=console)
+  if config.stage == "ppo" and rules.is_sweep(config):
+    return sweep.run(config, workdir, resume=resume, console=console)
+  return _STAGES[config.stage].run(config, workdir, console=console)
 
 
 def _with_prerequisites(config, workdir, resume, console) -> ConfigDict:

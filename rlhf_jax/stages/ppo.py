@@ -22,26 +22,17 @@ from rlhf_jax.data import batches
 from rlhf_jax.data import mix as mix_texts
 from rlhf_jax.data import prompts as prompts_lib
 from rlhf_jax.models import transformer
-from rlhf_jax.settings import roles, static, validate
-from rlhf_jax.stages import alarms, loop, sample_records
+from rlhf_jax.settings import roles, static
+from rlhf_jax.stages import alarms, loop, sample_records, training
 from rlhf_jax.steps import members as members_lib
 from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import ppo, rewards, sharding, text_mix
 from rlhf_jax.steps import reference as reference_lib
 from rlhf_jax.storage import checkpoint
-from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
 
 SAMPLES = 4  # responses of a step that are recorded
-
-
-class Models(NamedTuple):
-  """Who plays what; the reference and the reward stay as they are."""
-
-  policy: pretrained_lib.Pretrained
-  reference: pretrained_lib.Pretrained
-  reward: roles.Reward
 
 
 class Member(NamedTuple):
@@ -68,22 +59,13 @@ def run(
   member = Member("", config, workdir)
   checkpoints = workdir.path / "checkpoints"
   (summary,) = train(
-    load(config), [member], checkpoints, stacked=False, console=console
+    roles.load(config), [member], checkpoints, stacked=False, console=console
   )
   return summary
 
 
-def load(config: ConfigDict) -> Models:
-  """The models that the config names, checked against it and each other."""
-  policy = pretrained_lib.load_policy(config)
-  validate.validate_model(config, policy.model)
-  return Models(
-    policy, roles.reference(config, policy), roles.reward(config, policy)
-  )
-
-
 def train(
-  models: Models,
+  models: roles.Models,
   members: Sequence[Member],
   checkpoints: pathlib.Path,
   *,
@@ -93,7 +75,7 @@ def train(
   """Trains the members, leaves policies and summaries in their workdirs.
 
   Args:
-    models: From `load`.
+    models: From `roles.load`.
     members: Runs with one shape of everything.
     checkpoints: Where the state of all of them is saved.
     stacked: Whether their states have a leading axis, as many members need.
@@ -123,33 +105,11 @@ def train(
     placed = sharding.place_batch(batch, mesh, leading=int(stacked))
     return reference, reward_params, placed, key
 
-  def split(tree):
-    if not stacked:
-      return [tree]
-    count = range(len(members))
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in count]
-
-  watches = [alarms.Watch(config.model.compute_dtype) for _ in members]
-
-  def record(index, metrics, seconds):
-    if models.reward.host is not None:
-      models.reward.host.raise_if_failed()
-    seconds = seconds / len(members)
-    shown = {}
-    for member, watch, mine in zip(members, watches, split(metrics)):
-      for alarm in watch.alarms(index, mine.scalars):
-        words = filter(None, [f"ppo step {index}", member.label, alarm])
-        console.print(
-          " ".join(words), style="yellow", markup=False, soft_wrap=True
-        )
-      figures = _record(member, models.policy, index, mine, seconds)
-      shown[member.label] = figures
-    return shown
-
   def rewind(index):
     for member in members:
       member.workdir.rewind(index)
 
+  record = _Record(models, members, stacked, console)
   state = loop.drive(
     loop.Run(
       name="ppo",
@@ -166,14 +126,20 @@ def train(
     step,
     arguments=arguments,
     rewind=rewind,
-    record=record,
+    record=record.step,
     console=console,
   )
   trained = jax.device_get(state.params["transformer"])
   wall_s = (time.monotonic() - began) / len(members)
   return [
-    _finish(member, models.policy, params, wall_s)
-    for member, params in zip(members, split(trained))
+    training.finish(
+      member.config,
+      member.workdir,
+      dataclasses.replace(models.policy, params={"transformer": params}),
+      {},
+      wall_s=wall_s,
+    )
+    for member, params in zip(members, record.split(trained))
   ]
 
 
@@ -254,43 +220,67 @@ def _batch(config, data, index):
   return text_mix.Batch(batch, rows(texts, batch_size=config.mix.batch_size))
 
 
-def _finish(member, policy, trained, wall_s):
-  """Leaves a member's policy and summary in its workdir."""
-  final = dataclasses.replace(policy, params={"transformer": trained})
-  pretrained_lib.save(member.workdir, final)
-  summary = {
-    "stage": "ppo",
-    "seed": member.config.seed,
-    "steps": member.config.train.steps,
-    "wall_s": wall_s,
-    "metrics": member.workdir.mean_of_last(),
-  }
-  member.workdir.write_summary(summary)
-  return summary
+class _Record:
+  """Writes the steps of all members; says what alarms; shows some figures."""
 
+  def __init__(self, models, members, stacked, console):
+    self._models = models
+    self._members = members
+    self._stacked = stacked
+    self._console = console
+    compute_dtype = members[0].config.model.compute_dtype
+    self._watches = [alarms.Watch(compute_dtype) for _ in members]
 
-def _record(member, policy, index, metrics, seconds):
-  """Writes one member's step; returns the figures to show.
+  def split(self, tree):
+    """Each member's part of what all have together."""
+    if not self._stacked:
+      return [tree]
+    count = range(len(self._members))
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in count]
 
-  `seconds` is the member's share of the step of all.
-  """
-  config, workdir, scalars = member.config, member.workdir, metrics.scalars
-  loop.check_finite(f"ppo in {workdir.path}", index, scalars)
-  tokens = float(scalars["rollout/response_tokens"]) * config.train.batch_size
-  times = {
-    "time/step_s": seconds,
-    "time/response_tokens_per_s": tokens / seconds,
-  }
-  workdir.append_metrics(index, scalars | times)
-  last = index + 1 == config.train.steps
-  if last or index % config.train.samples_every == 0:
-    workdir.append_samples(
-      sample_records.of_step(index, policy, metrics, most=SAMPLES)
+  def step(self, index, metrics, seconds):
+    """Records a step that took so long for all of them."""
+    if self._models.reward.host is not None:
+      self._models.reward.host.raise_if_failed()
+    each = zip(self._members, self._watches, self.split(metrics))
+    return {
+      member.label: self._of(member, watch, index, mine, seconds)
+      for member, watch, mine in each
+    }
+
+  def _of(self, member, watch, index, metrics, seconds):
+    """Writes one member's step; returns the figures to show."""
+    config, workdir, scalars = member.config, member.workdir, metrics.scalars
+    self._warn(member.label, index, watch.alarms(index, scalars))
+    loop.check_finite(f"ppo in {workdir.path}", index, scalars)
+    mine = seconds / len(self._members)
+    tokens = float(scalars["rollout/response_tokens"]) * config.train.batch_size
+    per_second = tokens / mine
+    workdir.append_metrics(
+      index,
+      scalars | {"time/step_s": mine, "time/response_tokens_per_s": per_second},
     )
-  shown = {
-    "score": "reward/score",
-    "gold": "reward/gold",
-    "KL": "kl/reverse_exact",
-  }
-  figures = {n: scalars[m] for n, m in shown.items() if m in scalars}
-  return figures | {"tokens/s": times["time/response_tokens_per_s"]}
+    last = index + 1 == config.train.steps
+    if last or index % config.train.samples_every == 0:
+      workdir.append_samples(
+        sample_records.of_step(
+          index, self._models.policy, metrics, most=SAMPLES
+        )
+      )
+    figures = {n: scalars[m] for n, m in _SHOWN.items() if m in scalars}
+    return figures | {"tokens/s": per_second}
+
+  def _warn(self, label, index, found):
+    for alarm in found:
+      words = filter(None, [f"ppo step {index}", label, alarm])
+      self._console.print(
+        " ".join(words), style="yellow", markup=False, soft_wrap=True
+      )
+
+
+# What the display shows of a step, by its name there.
+_SHOWN = {
+  "score": "reward/score",
+  "gold": "reward/gold",
+  "KL": "kl/reverse_exact",
+}

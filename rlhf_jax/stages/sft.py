@@ -1,21 +1,16 @@
 """Stage `sft`: next-token training on prompts with their responses."""
 
-import dataclasses
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
 from rlhf_jax import types
-from rlhf_jax.data import batches, sampling, texts
-from rlhf_jax.settings import static, validate
-from rlhf_jax.stages import loop
-from rlhf_jax.steps import optimizer as optimizer_lib
-from rlhf_jax.steps import sft, sharding
-from rlhf_jax.storage import checkpoint
+from rlhf_jax.data import sampling, texts
+from rlhf_jax.settings import static
+from rlhf_jax.stages import training
+from rlhf_jax.steps import sft
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
@@ -30,81 +25,34 @@ def run(
   console: rich_console.Console,
 ) -> dict[str, Any]:
   """Trains, leaves the policy in the workdir and returns the summary."""
-  began = time.monotonic()
-  start = pretrained_lib.load_policy(config)
-  validate.validate_model(config, start.model)
-  path = config.data.path
-  sides = texts.read(
-    config,
-    start,
-    console,
-    stage="sft",
-    path=path,
-    opening=config.data.opening,
+  stage = training.begin(config, workdir, console)
+  train, heldout = _texts(stage)
+  settings = sft.SFTConfig(stage.start.model, static.logits_per_chunk(config))
+  optimizer = stage.optimizer()
+  state = stage.drive(
+    sft.make_step(settings, optimizer),
+    stage.state(stage.start.params, optimizer),
+    arguments=lambda index: (stage.batch(train, index),),
+    record=stage.recorder({"loss": "sft/loss"}),
+    metadata={},
   )
-  train, heldout = (
-    texts.pack(config, start, console, side, stage="sft", path=path)
-    for side in sides
-  )
-  mesh = static.mesh(config)
-  step_config = sft.SFTConfig(start.model, static.logits_per_chunk(config))
-  optimizer = optimizer_lib.make(static.optimizer_config(config))
-  params = jax.tree.map(jnp.asarray, start.params)
-  state = types.TrainState(jnp.int32(0), params, optimizer.init(params), ())
-  size = config.train.batch_size
-
-  def arguments(index):
-    rows = batches.batch_at(
-      train, seed=config.seed, step=index, batch_size=size
-    )
-    return (sharding.place_batch(rows, mesh),)
-
-  def record(index, metrics, seconds):
-    loop.check_finite("sft", index, metrics)
-    workdir.append_metrics(index, metrics | {"time/step_s": seconds})
-    return {"": {"loss": metrics["sft/loss"]}}
-
-  state = loop.drive(
-    loop.Run(
-      name="sft",
-      steps=config.train.steps,
-      mesh=mesh,
-      checkpoints=checkpoint.Checkpoints(
-        workdir.path / "checkpoints", **config.checkpoint
-      ),
-      metadata={},
-    ),
-    state,
-    sft.make_step(step_config, optimizer),
-    arguments=arguments,
-    rewind=workdir.rewind,
-    record=record,
-    console=console,
-  )
-  policy = dataclasses.replace(
-    start, params=state.params, where=str(workdir.path)
-  )
-  pretrained_lib.save(workdir, policy)
-  metrics = workdir.mean_of_last()
+  policy = stage.trained(state.params)
   evaluate = jax.jit(sft.row_logprobs, static_argnums=2)
-  sums, counts = batches.map_rows(
-    lambda batch, _: evaluate(state.params, batch, step_config),
-    heldout,
-    mesh=mesh,
-    batch_size=size,
+  sums, counts = stage.measured(
+    lambda batch: evaluate(state.params, batch, settings), heldout
   )
-  metrics["sft/heldout_loss"] = float(-sums.sum() / counts.sum())
+  measured = {"sft/heldout_loss": float(-sums.sum() / counts.sum())}
   if not config.data.path:
-    metrics |= _gold(policy, config)
-  summary = {
-    "stage": "sft",
-    "seed": config.seed,
-    "steps": config.train.steps,
-    "wall_s": time.monotonic() - began,
-    "metrics": metrics,
-  }
-  workdir.write_summary(summary)
-  return summary
+    measured |= _gold(policy, config)
+  return stage.finish(policy, measured)
+
+
+def _texts(stage: training.Stage) -> list[types.PackedTexts]:
+  """Rows to train on, and rows that are held out."""
+  of = stage.config, stage.start, stage.console
+  path, opening = stage.config.data.path, stage.config.data.opening
+  sides = texts.read(*of, stage="sft", path=path, opening=opening)
+  return [texts.pack(*of, side, stage="sft", path=path) for side in sides]
 
 
 def own_responses(

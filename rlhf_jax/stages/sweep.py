@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
-from rlhf_jax.settings import rules, static
+from rlhf_jax.settings import roles, rules, static
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.stages import sweep_frontier
 from rlhf_jax.steps import sharding
@@ -39,7 +39,7 @@ def run(
 ) -> dict[str, Any]:
   """Trains the members in sub-workdirs, and returns the sweep's summary."""
   began = time.monotonic()
-  models = ppo_stage.load(config)
+  models = roles.load(config)
   with contextlib.ExitStack() as stack:
     members = _members(config, workdir, resume, stack)
     for chunk in _chunks(config, workdir, models, members):
@@ -81,9 +81,7 @@ def chunks(members: Sequence[Any], size: int) -> list[Sequence[Any]]:
   return [members[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def most_members(
-  config: ConfigDict, models: ppo_stage.Models, count: int
-) -> int:
+def most_members(config: ConfigDict, models: roles.Models, count: int) -> int:
   """How many of `count` members fit the devices' memory at once, at least one.
 
   A member has parameters, two moments, a gradient and an update; a cache of

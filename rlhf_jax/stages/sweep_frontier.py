@@ -17,7 +17,7 @@ from rich import console as rich_console
 
 from rlhf_jax.measures import best_of_n, evaluation, frontier
 from rlhf_jax.report import figures
-from rlhf_jax.stages import ppo as ppo_stage
+from rlhf_jax.settings import roles
 from rlhf_jax.stages import progress as progress_lib
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.storage import workdir as workdir_lib
@@ -31,7 +31,7 @@ _MEMBERS, _REFERENCE, _BEST_OF_N = range(3)
 def write(
   config: ConfigDict,
   workdir: workdir_lib.Workdir,
-  models: ppo_stage.Models,
+  models: roles.Models,
   members: Sequence[dict[str, Any]],
   console: rich_console.Console,
 ) -> None:

@@ -22,8 +22,13 @@ class Interval(NamedTuple):
   low: float
   high: float
 
+  def __format__(self, spec: str) -> str:
+    """All three numbers by one format, such as `+.2f` or `.0%`."""
+    mean, low, high = (format(x, spec or ".2f") for x in self)
+    return f"{mean} ({low} to {high})"
+
   def __str__(self) -> str:
-    return f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
+    return format(self)
 
 
 def of_mean(values: Values, *, level: float = 0.95) -> Interval:

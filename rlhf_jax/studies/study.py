@@ -3,13 +3,14 @@
 A study is a module beside this one, with a config of the same name in
 configs/studies. It has two functions:
 
-    check(config)                            refuses what makes no sense
-    run(config, workdir, console) → Outcome  does the experiment
+    check(config)        refuses what makes no sense: `limits`, `toy_runs.check`
+    run(lab) → Outcome   does the experiment, and judges it
 
 `run` below leaves `study.json` and `figure.png` in the workdir. The verdict is
 computed by the study, from its figures, by a rule in its code. An experiment
-that takes long keeps what is done in sub-workdirs (`workdir.sub`, always with
-`resume=True`: this workdir is its own), so that `--resume` goes on with it.
+that takes long keeps what is done in sub-workdirs (`toy_runs`, or
+`lab.workdir.sub`, always with `resume=True`: this workdir is its own), so that
+`--resume` goes on with it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +21,12 @@ import math
 import pathlib
 import re
 import time
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
+import numpy as np
 from rich import box as rich_box
 from rich import console as rich_console
 from rich import table as rich_table
@@ -31,14 +34,23 @@ from rich import text as rich_text
 
 from rlhf_jax import errors
 from rlhf_jax.storage import workdir as workdir_lib
+from rlhf_jax.studies import intervals, limits
 
 HOLDS = "holds"
 DOES_NOT_HOLD = "does not hold here"
 
-Cell = str | bool | int | float | None
+Cell = str | bool | int | float | intervals.Interval | None
 _WIDTH = 100  # columns; what every table fits into
 _FILE = "study.json"
 _ELAPSED = "elapsed.json"
+
+
+class Lab(NamedTuple):
+  """Where a study works: its config, its files, and where it says so."""
+
+  config: ConfigDict
+  workdir: workdir_lib.Workdir
+  console: rich_console.Console
 
 
 class Table(NamedTuple):
@@ -47,7 +59,8 @@ class Table(NamedTuple):
   Attributes:
     caption: What the figures are, with their units.
     columns: Their names.
-    rows: A cell for each column. NaN and infinities become None.
+    rows: A cell for each column. NaN and infinities become None, an interval
+      its text, and a number of numpy one of Python.
     shown: Whether it is printed; all tables are in study.json.
   """
 
@@ -55,6 +68,30 @@ class Table(NamedTuple):
   columns: tuple[str, ...]
   rows: Sequence[tuple[Cell, ...]]
   shown: bool = True
+
+
+def table_of(
+  caption: str,
+  rows: Sequence[Any],
+  *,
+  before: Mapping[str, Sequence[Cell]] = MappingProxyType({}),
+  shown: bool = True,
+) -> Table:
+  """A table of records, whose columns are the names of their fields.
+
+  Args:
+    caption: See `Table`.
+    rows: One or more named tuples of one kind.
+    before: Columns that stand in front, a cell a row.
+    shown: See `Table`.
+  """
+  cells = zip(*before.values(), strict=True) if before else [()] * len(rows)
+  return Table(
+    caption,
+    (*before, *rows[0]._fields),
+    [(*first, *row) for first, row in zip(cells, rows, strict=True)],
+    shown,
+  )
 
 
 class Outcome(NamedTuple):
@@ -92,28 +129,13 @@ def verdict(conditions: Mapping[str, bool], what: str) -> str:
   return holds_when(f"{what} {' or '.join(true)}") if true else DOES_NOT_HOLD
 
 
-def require(
-  config: ConfigDict, wanted: str, test: Callable[[Any], bool], *fields: str
-) -> None:
-  """Refuses a config unless each of the fields passes the test.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  for field in fields:
-    if not test(config[field]):
-      raise errors.UserError(
-        f"config.{field}: {config[field]!r}; wanted {wanted}"
-      )
-
-
 def check(config: ConfigDict) -> None:
   """Refuses what makes no sense to the study that the config names.
 
   Raises:
     UserError: With the field, its value and what is wanted.
   """
-  require(config, "0 to 2**32 − 1", lambda x: 0 <= x < 2**32, "seed")
+  limits.check(config, {"seed": limits.between(0, 2**32 - 1, "2**32 − 1")})
   _module(config).check(config)
 
 
@@ -133,7 +155,7 @@ def run(config: ConfigDict, workdir: str, *, resume: bool) -> None:
   ) as opened:
     if not (opened.path / _FILE).exists():
       with _clock(opened) as seconds:
-        outcome = _module(config).run(config, opened, console)
+        outcome = _module(config).run(Lab(config, opened, console))
       _write(opened.path, config, outcome, seconds())
     _print(console, opened.path)
 
@@ -198,8 +220,16 @@ def _row(table: Table, row: tuple[Cell, ...]) -> list[Cell]:
   """The row as JSON holds it."""
   if len(row) != len(table.columns):
     raise ValueError(f"{len(row)} cells for the columns {table.columns}")
-  is_odd = lambda cell: isinstance(cell, float) and not math.isfinite(cell)
-  return [None if is_odd(cell) else cell for cell in row]
+  return [_cell(cell) for cell in row]
+
+
+def _cell(cell: Any) -> str | bool | int | float | None:
+  if isinstance(cell, intervals.Interval):
+    return str(cell)
+  if isinstance(cell, np.generic):
+    cell = cell.item()
+  is_odd = isinstance(cell, float) and not math.isfinite(cell)
+  return None if is_odd else cell
 
 
 def _print(console: rich_console.Console, path: pathlib.Path) -> None:

@@ -4,24 +4,23 @@ A study's `config.training` is a complete config of stage `ppo`, with the SFT
 and the reward model that come before it (`start`). The study names its runs and
 sets in each the fields that it varies. Each run is a sub-workdir, and one that
 has ended is not done again (`made`). Runs that differ in β and seed alone are
-one sweep, whose members are trained in one compiled program (`members`).
+one sweep, whose members are trained in one compiled program (`swept`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 from rich import text as rich_text
 
 from rlhf_jax import errors
 from rlhf_jax.settings import devices, validate
 from rlhf_jax.stages import pipeline
 from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import study
+from rlhf_jax.studies import limits, study
 
 Rows = Sequence[Mapping[str, int | float]]
 
@@ -52,6 +51,8 @@ _FIXED = {
   "data.path": "",
   "sweep.betas": (),
 }
+# Of a study whose sweeps have all seeds, and whose β are constants.
+SWEPT = {"sweep.seeds": (), "kl.controller": "fixed"}
 
 
 def varied(training: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
@@ -59,6 +60,26 @@ def varied(training: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
   config = training.copy_and_resolve_references()
   config.update_from_flattened_dict(fields)
   return config
+
+
+def seeds(config: ConfigDict) -> tuple[int, ...]:
+  """A study's: as many as it has, from its first one on."""
+  return tuple(range(config.seed, config.seed + config.seeds))
+
+
+def sweep(
+  config: ConfigDict, betas: Iterable[float], **fields: Any
+) -> ConfigDict:
+  """A sweep of a study's training over the β and all seeds.
+
+  Args:
+    config: The study's.
+    betas: Those of the sweep.
+    **fields: Others that are set; `__` stands for a dot.
+  """
+  dotted = {name.replace("__", "."): value for name, value in fields.items()}
+  both = {"sweep.betas": tuple(betas), "sweep.seeds": seeds(config)}
+  return varied(config.training, both | dotted)
 
 
 def check(
@@ -77,13 +98,11 @@ def check(
   Raises:
     UserError: With the field, its value and what is wanted.
   """
-  for field, value in (_FIXED | {"seed": config.seed} | dict(fixed)).items():
-    study.require(
-      config,
-      f"{value!r}: the study sets it itself",
-      lambda x, value=value: x == value,
-      f"training.{field}",
-    )
+  wanted = _FIXED | {"seed": config.seed} | dict(fixed)
+  limits.check(
+    config,
+    {f"training.{name}": limits.equal(x) for name, x in wanted.items()},
+  )
   for name, run_config in runs.items():
     try:
       validate.validate(run_config, device_count=devices.count())
@@ -92,37 +111,28 @@ def check(
       raise errors.UserError(f"{line} (run {name})") from error
 
 
-def start(
-  training: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> Start:
+def start(lab: study.Lab) -> Start:
   """The SFT policy and its reward model, made where they do not exist yet."""
-  sft = training.pipeline.sft.copy_and_resolve_references()
-  policy = made("sft", sft, workdir, console)
-  reward_model = varied(
-    training.pipeline.reward_model, {"policy.path": str(policy)}
-  )
-  reward = made("reward_model", reward_model, workdir, console)
+  before = lab.config.training.pipeline
+  policy = made(lab, "sft", before.sft)
+  reward_model = varied(before.reward_model, {"policy.path": str(policy)})
+  reward = made(lab, "reward_model", reward_model)
   return Start(policy, reward, summary(policy)["metrics"]["reward/gold"])
 
 
 def run(
-  training: ConfigDict,
-  runs: Mapping[str, ConfigDict],
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
+  lab: study.Lab, runs: Mapping[str, ConfigDict]
 ) -> tuple[float, dict[str, Rows]]:
   """Does what has not been done yet; the runs are single, and no sweeps.
 
   Returns:
     The SFT policy's gold reward, and each run's metrics, a row a step.
   """
-  begun = start(training, workdir, console)
+  begun = start(lab)
   metrics = {}
   for number, (name, config) in enumerate(runs.items(), start=1):
     note = f" ({number} of {len(runs)})"
-    path = made(name, from_start(config, begun), workdir, console, note)
+    path = made(lab, name, from_start(config, begun), note)
     metrics[name] = workdir_lib.read_metrics(path)
   return begun.gold, metrics
 
@@ -136,29 +146,24 @@ def from_start(config: ConfigDict, begun: Start) -> ConfigDict:
 
 
 def made(
-  name: str,
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-  note: str = "",
+  lab: study.Lab, name: str, config: ConfigDict, note: str = ""
 ) -> pathlib.Path:
   """The sub-workdir of a run, after running it where it has not ended.
 
   Args:
+    lab: The study's.
     name: Of the sub-workdir; may have slashes.
     config: Of any stage but `pipeline`, the paths of its models set.
-    workdir: The study's.
-    console: Where progress goes.
     note: Shown after the name.
   """
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.pipeline = ConfigDict()
     config.sweep.frontier = False  # A study judges by figures of its own.
-  with workdir.sub(name, config.to_dict(), resume=True) as opened:
+  with lab.workdir.sub(name, config.to_dict(), resume=True) as opened:
     if not (opened.path / "summary.json").exists():
-      console.print(rich_text.Text(f"{name}{note}"))
-      pipeline.run_stage(config, opened, resume=True, console=console)
+      lab.console.print(rich_text.Text(f"{name}{note}"))
+      pipeline.run_stage(config, opened, resume=True, console=lab.console)
     # Absolute: a resumed study may be called from elsewhere.
     return opened.path.absolute()
 
@@ -182,19 +187,33 @@ def members(path: pathlib.Path) -> list[Member]:
 
 
 def swept(
-  name: str,
-  config: ConfigDict,
-  begun: Start,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
+  lab: study.Lab, name: str, config: ConfigDict, begun: Start
 ) -> list[Member]:
-  """The members of a sweep from the start; arguments as `made` has them."""
-  return members(made(name, from_start(config, begun), workdir, console))
+  """The members of a sweep that begins at the start."""
+  return members(made(lab, name, from_start(config, begun)))
+
+
+def by_beta(found: Sequence[Member]) -> dict[float, list[Member]]:
+  """The members under each β, in the sweep's order."""
+  return {
+    beta: [member for member in found if member.beta == beta]
+    for beta in dict.fromkeys(member.beta for member in found)
+  }
 
 
 def column(rows: Rows, name: str) -> np.ndarray:
   """A figure of every step."""
   return np.array([row[name] for row in rows], np.float64)
+
+
+def curves(found: Sequence[Member], name: str) -> np.ndarray:
+  """A figure of many runs, `[run, step]`."""
+  return np.array([column(member.rows, name) for member in found])
+
+
+def ends(found: Sequence[Member], name: str, *, last: int) -> np.ndarray:
+  """The mean of a figure over the last steps, one a run."""
+  return curves(found, name)[:, -last:].mean(axis=1)
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:

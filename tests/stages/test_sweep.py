@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import defaults, ppo
-from rlhf_jax.settings import devices, static
+from rlhf_jax.settings import devices, roles, static
 from rlhf_jax.stages import pipeline, sweep
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.storage import checkpoint
@@ -275,7 +275,7 @@ def test_chunks(size, wanted):
 
 def test_memory_bounds_the_members(run, monkeypatch):
   config = on(run)
-  models = ppo_stage.load(config)
+  models = roles.load(config)
   most = sweep.most_members(config, models, 4)
   assert most > 100
   memory = sweep._memory(1)

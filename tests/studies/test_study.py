@@ -11,7 +11,7 @@ import pytest
 
 from configs import studies
 from rlhf_jax import errors
-from rlhf_jax.studies import study
+from rlhf_jax.studies import limits, study
 
 
 def outcome(**changes):
@@ -41,10 +41,10 @@ def nothing(monkeypatch):
   vars(module).update(runs=[], outcome=outcome())
 
   def check(config):
-    study.require(config, "above 0", lambda x: x > 0, "size")
+    limits.check(config, {"size": limits.ABOVE_0})
 
-  def run(config, workdir, console):
-    module.runs.append((config.size, workdir.path))
+  def run(lab):
+    module.runs.append((lab.config.size, lab.workdir.path))
     return module.outcome
 
   vars(module).update(check=check, run=run)

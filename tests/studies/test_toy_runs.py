@@ -2,6 +2,7 @@
 
 import json
 
+from ml_collections import ConfigDict
 import pytest
 from rich import console as rich_console
 
@@ -9,7 +10,7 @@ from configs import ppo, studies
 from rlhf_jax import errors
 from rlhf_jax.stages import pipeline
 from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import toy_runs
+from rlhf_jax.studies import study, toy_runs
 
 CONSOLE = rich_console.Console(quiet=True)
 
@@ -21,16 +22,21 @@ def training():
   return config
 
 
+def lab_in(workdir):
+  """A study of one seed there."""
+  config = ConfigDict({"seed": 3, "seeds": 1, "training": training()})
+  return study.Lab(config, workdir, CONSOLE)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   """A study's workdir with a start and a sweep of two members."""
   path = tmp_path_factory.mktemp("study") / "run"
   with workdir_lib.Workdir.open(path, {"study": "x"}, resume=False) as opened:
-    begun = toy_runs.start(training(), opened, CONSOLE)
-    fields = {"sweep.betas": (0.0, 0.5), "sweep.seeds": (3,)}
-    config = toy_runs.varied(training(), fields)
-    config = toy_runs.from_start(config, begun)
-    swept = toy_runs.made("arms/sweep", config, opened, CONSOLE)
+    lab = lab_in(opened)
+    begun = toy_runs.start(lab)
+    config = toy_runs.from_start(toy_runs.sweep(lab.config, (0, 0.5)), begun)
+    swept = toy_runs.made(lab, "arms/sweep", config)
   return path, begun, config, swept
 
 
@@ -57,7 +63,7 @@ def test_what_has_ended_is_not_done_again(made, monkeypatch):
   path, _, config, swept = made
   monkeypatch.setattr(pipeline, "run_stage", lambda *a, **k: pytest.fail("ran"))
   with workdir_lib.Workdir.open(path, {"study": "x"}, resume=True) as opened:
-    again = toy_runs.made("arms/sweep", config, opened, CONSOLE)
+    again = toy_runs.made(lab_in(opened), "arms/sweep", config)
   assert again == swept
 
 
@@ -68,8 +74,8 @@ def test_an_input_that_is_gone_is_named(made):
   model.rename(path / "elsewhere")
   config = toy_runs.from_start(training(), begun)
   with workdir_lib.Workdir.open(path, {"study": "x"}, resume=True) as opened:
-    assert toy_runs.start(training(), opened, CONSOLE) == begun
+    assert toy_runs.start(lab_in(opened)) == begun
     with pytest.raises(errors.UserError, match="no model in it") as caught:
-      toy_runs.made("more", config, opened, CONSOLE)
+      toy_runs.made(lab_in(opened), "more", config)
   (path / "elsewhere").rename(model)
   assert len(str(caught.value).splitlines()) == 1

@@ -18,16 +18,13 @@ their ratio, the difference of their logarithms.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
-from rlhf_jax.studies.clip_and_penalty import figure as figure_lib
+from rlhf_jax.studies import drawing, intervals, limits, study, toy_runs
 
 ON, OFF = "on", "off"
-_RATIOS = ("step", "largest")
 
 
 class Runs(NamedTuple):
@@ -68,48 +65,33 @@ class Difference(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  steps = config.training.train.steps
-  for wanted, holds, field in (
-    ("in (0, 1)", lambda x: 0 < x < 1, "no_clip"),
-    (
-      f"rising numbers in (0, no_clip={config.no_clip})",
-      lambda xs: (
-        len(xs) > 0
-        and list(xs) == sorted({*xs})
-        and 0 < xs[0] <= xs[-1] < config.no_clip
+  """Refuses fields that make no sense."""
+  rising = f"rising numbers in (0, no_clip={config.no_clip})"
+  within = lambda xs: limits.is_rising(xs, above=0, below=config.no_clip)
+  unclipped = "at least 2: the first update of a step is at ratio 1 and clips"
+  limits.check(
+    config,
+    {
+      "no_clip": limits.inside(0, 1),
+      "clips": limits.Limit(rising, within),
+      "seeds": limits.SEEDS,
+      "last": limits.steps_of(config),
+      "margin": limits.at_least(0),
+      "training.kl.beta": limits.ABOVE_0,
+      "training.ppo.epochs": limits.Limit(
+        f"{unclipped} nothing", lambda x: x >= 2
       ),
-      "clips",
-    ),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    (f"1 to training.train.steps={steps}", lambda x: 1 <= x <= steps, "last"),
-    ("at least 0", lambda x: x >= 0, "margin"),
-    ("above 0", lambda x: x > 0, "training.kl.beta"),
-    (
-      "at least 2: the first update of a step is at ratio 1 and clips nothing",
-      lambda x: x >= 2,
-      "training.ppo.epochs",
-    ),
-  ):
-    study.require(config, wanted, holds, field)
-  fixed = {"sweep.seeds": (), "kl.controller": "fixed"}
-  toy_runs.check(config, _sweeps(config), fixed)
+    },
+  )
+  toy_runs.check(config, _sweeps(config), toy_runs.SWEPT)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does a sweep for each clip range, in a sub-workdir."""
-  begun = toy_runs.start(config.training, workdir, console)
+  config, begun = lab.config, toy_runs.start(lab)
   arms = {}
   for clip, (name, sweep) in zip(_clips(config), _sweeps(config).items()):
-    members = toy_runs.swept(name, sweep, begun, workdir, console)
+    members = toy_runs.swept(lab, name, sweep, begun)
     arms |= of_members(clip, members, last=config.last)
   rows = [
     row
@@ -120,33 +102,38 @@ def run(
     verdict=verdict(rows),
     paragraph=_paragraph(config, arms, rows),
     tables=_tables(config, arms, rows),
-    figure=figure_lib.draw(arms, begun.gold),
+    figure=_draw(arms, begun.gold),
   )
+
+
+def _clips(config: ConfigDict) -> tuple[float, ...]:
+  return *config.clips, config.no_clip
+
+
+def _sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
+  """By name, one for each clip range."""
+  betas = 0.0, config.training.kl.beta
+  return {
+    f"clip={clip:g}": toy_runs.sweep(config, betas, ppo__clip_epsilon=clip)
+    for clip in _clips(config)
+  }
 
 
 def of_members(
   clip: float, members: list[toy_runs.Member], *, last: int
 ) -> dict[tuple[float, str], Runs]:
   """What a sweep's members say, with and without the penalty."""
-
-  def of(rows):
-    column = lambda name: toy_runs.column(rows, name)
-    moves = column("kl/to_old_policy")
-    return (
-      column("reward/gold")[-last:].mean(),
-      column("kl/reverse_exact")[-last:].mean(),
-      np.median(moves),
-      moves.max(),
-      column("ppo/clip_fraction").mean(),
+  arms = {}
+  for beta, mine in toy_runs.by_beta(members).items():
+    moves = toy_runs.curves(mine, "kl/to_old_policy")
+    arms[clip, ON if beta else OFF] = Runs(
+      gold=toy_runs.ends(mine, "reward/gold", last=last),
+      kl=toy_runs.ends(mine, "kl/reverse_exact", last=last),
+      step=np.median(moves, axis=1),
+      largest=moves.max(axis=1),
+      clipped=toy_runs.curves(mine, "ppo/clip_fraction").mean(axis=1),
     )
-
-  by_penalty = {
-    ON: [of(member.rows) for member in members if member.beta > 0],
-    OFF: [of(member.rows) for member in members if member.beta == 0],
-  }
-  return {
-    (clip, name): Runs(*np.array(runs).T) for name, runs in by_penalty.items()
-  }
+  return {name: arms[name] for name in ((clip, ON), (clip, OFF))}
 
 
 def differences(
@@ -162,7 +149,7 @@ def differences(
 
   def row(figure, of, at, first, second, wanted):
     pair = [arms[arm]._asdict()[figure] for arm in (first, second)]
-    if figure in _RATIOS:
+    if figure in ("step", "largest"):
       logs = intervals.of_difference(*np.log(pair))
       interval = intervals.Interval(*map(float, np.exp(logs)))
     else:
@@ -200,80 +187,43 @@ def differences(
 
 def verdict(rows: list[Difference]) -> str:
   """The rule: all that is wanted of a clip range, for all or for some."""
-  clips = dict.fromkeys(row.clip for row in rows)
-  true = {
-    f"{clip:g}": all(
-      row.true for row in rows if row.clip == clip and row.wanted
-    )
-    for clip in clips
-  }
+  true = {}
+  for row in rows:
+    name = f"{row.clip:g}"
+    true[name] = true.get(name, True) and (not row.wanted or bool(row.true))
   return study.verdict(true, "the clip range is")
-
-
-def _clips(config: ConfigDict) -> tuple[float, ...]:
-  return *config.clips, config.no_clip
-
-
-def _sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
-  """The sweeps by name, one for each clip range."""
-  seeds = tuple(range(config.seed, config.seed + config.seeds))
-  fields = {
-    "sweep.betas": (0.0, config.training.kl.beta),
-    "sweep.seeds": seeds,
-  }
-  return {
-    f"clip={clip:g}": toy_runs.varied(
-      config.training, fields | {"ppo.clip_epsilon": clip}
-    )
-    for clip in _clips(config)
-  }
 
 
 def _tables(
   config: ConfigDict, arms: Arms, rows: list[Difference]
 ) -> dict[str, study.Table]:
+  steps = config.training.train.steps
+  names = "gold", "gold_sd", "kl", "step", "largest", "clipped"
   return {
     "arms": study.Table(
       f"Means over {config.seeds} seeds: gold reward, its spread over seeds"
-      " (sd), and KL(π‖π_ref) over the last"
-      f" {config.last} of {config.training.train.steps} steps; step: a run's"
-      " median of KL(π_old‖π_new), and its largest; nats per response; clipped:"
-      " share of tokens",
-      (
-        "clip",
-        "penalty",
-        "gold",
-        "gold_sd",
-        "kl",
-        "step",
-        "largest",
-        "clipped",
-      ),
+      f" (sd), and KL(π‖π_ref) over the last {config.last} of {steps} steps;"
+      " step: a run's median of KL(π_old‖π_new), and its largest; nats per"
+      " response; clipped: share of tokens",
+      ("clip", "penalty", *names),
       [
-        (
-          clip,
-          penalty,
-          float(runs.gold.mean()),
-          float(runs.gold.std(ddof=1)),
-          *(float(x.mean()) for x in runs[1:]),
-        )
-        for (clip, penalty), runs in arms.items()
+        (*arm, gold.mean(), gold.std(ddof=1), *(x.mean() for x in rest))
+        for arm, (gold, *rest) in arms.items()
       ],
     ),
-    "differences": study.Table(
+    "differences": study.table_of(
       "What clipping, or the penalty, changes: mean of the seeds' differences"
       " (nats per response, or gold reward), of steps the mean ratio; and its"
       " 95 % interval",
-      Difference._fields,
       rows,
     ),
     "runs": study.Table(
       "Every run",
       ("clip", "penalty", "seed", *Runs._fields),
       [
-        (clip, penalty, config.seed + i, *map(float, figures))
-        for (clip, penalty), runs in arms.items()
-        for i, figures in enumerate(zip(*runs))
+        (*arm, seed, *figures)
+        for arm, runs in arms.items()
+        for seed, *figures in zip(toy_runs.seeds(config), *runs)
       ],
       shown=False,
     ),
@@ -281,15 +231,17 @@ def _tables(
 
 
 def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
-  of = {(r.clip, r.figure, r.of, r.at): r for r in rows}
+  of = {
+    (r.clip, r.figure, r.of, r.at): intervals.Interval(r.mean, r.low, r.high)
+    for r in rows
+  }
 
   def times(clip, figure, what, at):
-    row = of[clip, figure, what, at]
-    return f"{row.mean:.2f} times ({row.low:.2f} to {row.high:.2f})"
+    mean, low, high = of[clip, figure, what, at]
+    return f"{mean:.2f} times ({low:.2f} to {high:.2f})"
 
   def change(clip, figure, what, at):
-    row = of[clip, figure, what, at]
-    return f"{row.mean:+.2f} ({row.low:+.2f} to {row.high:+.2f})"
+    return f"{of[clip, figure, what, at]:+.2f}"
 
   def part(clip):
     step = lambda penalty: (
@@ -327,3 +279,49 @@ def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
     f" {' '.join(map(part, config.clips))} A loss of gold of {config.margin:g}"
     " is tolerated."
   )
+
+
+def _draw(arms: Arms, start: float) -> matplotlib_figure.Figure:
+  """Step and distance of every arm; gold by clip range."""
+  figure, (left, right) = drawing.panels((11, 4.4), 2)
+  clips = list(dict.fromkeys(clip for clip, _ in arms))
+  names = [*(f"{clip:g}" for clip in clips[:-1]), "off"]
+  for shift, penalty, colour, marker, label in (
+    (-0.1, ON, "tab:blue", "o", "with the penalty"),
+    (0.1, OFF, "tab:orange", "s", "without"),
+  ):
+    mine = [arms[clip, penalty] for clip in clips]
+    style = {"color": colour, "marker": marker}
+    for runs, name in zip(mine, names):
+      drawing.cloud(left, runs.step, runs.kl, **style)
+      drawing.name_at(left, name, (runs.step.mean(), runs.kl.mean()), (4, 6))
+    left.plot(
+      *np.mean([(r.step, r.kl) for r in mine], axis=2).T, label=label, **style
+    )
+    places = np.arange(len(clips)) + shift
+    golds = [intervals.of_mean(runs.gold) for runs in mine]
+    drawing.bars(right, places, golds, **style)
+    for place, runs in zip(places, mine):
+      right.plot(
+        [place + 0.06] * len(runs.gold), runs.gold, ".", color="0.6", zorder=0
+      )
+  drawing.log_scale(left, "x")
+  drawing.log_scale(left, "y")
+  drawing.say(
+    left,
+    "Clipping (the number) and the penalty",
+    "a step: KL(π_old‖π_new), nats per response",
+    "distance at the end: KL(π‖π_ref), nats per response",
+  )
+  right.axhline(start, color="0.6", linestyle="--", linewidth=0.8)
+  right.annotate("SFT policy", (-0.45, start), va="bottom", fontsize=8)
+  right.set_xlim(-0.5, len(clips) - 0.5)
+  right.set_xticks(range(len(clips)), names)
+  drawing.say(
+    right,
+    "Gold at the end: mean, 95 % interval, seeds",
+    "clip range",
+    "gold reward",
+  )
+  drawing.legend(figure, left, columns=2)
+  return figure
