@@ -14,6 +14,7 @@ from rlhf_jax.data import batches
 from rlhf_jax.data import preferences as preference_data
 from rlhf_jax.stages import alarms, pipeline
 from rlhf_jax.stages import dpo as dpo_stage
+from rlhf_jax.steps import dpo as dpo_step
 from rlhf_jax.storage import checkpoint, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
@@ -283,7 +284,7 @@ def test_what_is_held_out_is_judged_and_asked(policy, tmp_path, monkeypatch):
   steps, batch_at = set(), batches.batch_at
 
   def noted(rows, *, seed, step, batch_size):
-    steps.add((seed, step))
+    steps.add((type(rows), seed, step))
     return batch_at(rows, seed=seed, step=step, batch_size=batch_size)
 
   monkeypatch.setattr(batches, "batch_at", noted)
@@ -300,8 +301,11 @@ def test_what_is_held_out_is_judged_and_asked(policy, tmp_path, monkeypatch):
     tokenizer.batch_decode(held.chosen.prompt_tokens, skip_special_tokens=True)
   )
   assert len(asked) > 2
-  # Another batch each step, and one for the finished policy.
-  assert steps == {(3, step) for step in range(9)}
+  # Other pairs and prompts each step, and prompts for the finished policy.
+  assert steps == {
+    *((dpo_step.Batch, 3, step) for step in range(8)),
+    *((types.Prompts, 3, step) for step in range(9)),
+  }
 
 
 def test_alarms_are_printed(policy, tmp_path, monkeypatch, capsys):
