@@ -3,6 +3,7 @@
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 from rich import console as rich_console
@@ -116,9 +117,8 @@ def test_a_sure_judge_prefers_what_gold_prefers(policy):
     "seed=3",
   )
   pairs = preferences.sampled(config, policy)
-  chosen, rejected = map(
-    toy_language.gold_reward, (pairs.chosen, pairs.rejected)
-  )
+  gold = jax.jit(toy_language.gold_reward)
+  chosen, rejected = map(gold, (pairs.chosen, pairs.rejected))
   assert np.all(chosen >= rejected) and np.mean(chosen > rejected) > 0.2
   for name in ("prompt_tokens", "prompt_lengths"):
     both = (getattr(side, name) for side in (pairs.chosen, pairs.rejected))
