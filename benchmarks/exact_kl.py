@@ -18,7 +18,6 @@ import json
 import math
 import statistics
 import time
-from typing import Any
 
 from absl import app, flags
 import jax
@@ -88,14 +87,16 @@ def whole_learner(estimator: str):
   tokens = lambda *shape: array(*shape, dtype=jnp.int32)
 
   def minibatch():
-    names = "logprobs", "reference_logprobs", "values", "advantages", "returns"
-    minibatch: dict[str, Any] = {name: array(R) for name in names}
-    minibatch["sequences"] = types.Sequences(
-      tokens(P), tokens(), tokens(R), tokens()
+    needed = array(R, D) if config.penalty.needs_reference else None
+    return learner.Experience(
+      sequences=types.Sequences(tokens(P), tokens(), tokens(R), tokens()),
+      logprobs=array(R),
+      reference_logprobs=array(R),
+      reference_hidden=needed,
+      values=array(R),
+      advantages=array(R),
+      returns=array(R),
     )
-    if config.penalty.needs_reference:
-      minibatch["reference_hidden"] = array(R, D)
-    return minibatch
 
   def params():
     head = transformer.init_scalar_head(D, use_bias=True)

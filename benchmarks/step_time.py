@@ -26,8 +26,8 @@ from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.objective import kl
+from rlhf_jax.steps import learner, ppo, reference, rewards, rollout
 from rlhf_jax.steps import optimizer as optimizer_lib
-from rlhf_jax.steps import ppo, reference, rewards, rollout
 
 _WORKLOAD = flags.DEFINE_enum("workload", "W1", ["W1", "W2"], "Which one.")
 _ITERATIONS = flags.DEFINE_integer("iterations", 7, "Timed.", lower_bound=1)
@@ -180,38 +180,45 @@ def _phases(config, policy, frozen, optimizer, prompts, key):
     )
   )
   rolled = roll(policy)
-  score = jax.jit(
-    lambda policy, frozen, sequences: ppo.compare(
-      policy, frozen, sequences, config
+
+  def scored(policy, frozen, sequences):
+    compared = reference.compare(policy, frozen, sequences, config)
+    values = transformer.apply_scalar_head(
+      policy["value_head"], compared.hidden
     )
-  )
+    return compared.asked.comparison, values, compared.asked.hidden
+
+  score = jax.jit(scored)
   comparison, values, reference_hidden = score(policy, frozen, rolled.sequences)
-  experience = {
-    "sequences": rolled.sequences,
-    "logprobs": rolled.logprobs,
-    "reference_logprobs": comparison.reference_logprobs,
-    "values": values,
-    "advantages": values + 1.0,
-    "returns": values + 1.0,
-  }
-  if config.penalty.needs_reference:
-    experience["reference_hidden"] = reference_hidden
+  experience = learner.Experience(
+    sequences=rolled.sequences,
+    logprobs=rolled.logprobs,
+    reference_logprobs=comparison.reference_logprobs,
+    reference_hidden=(
+      reference_hidden if config.penalty.needs_reference else None
+    ),
+    values=values,
+    advantages=values + 1.0,
+    returns=values + 1.0,
+  )
   update = jax.jit(
-    lambda policy, state, experience: ppo.update(
-      policy,
+    lambda state, frozen, experience: ppo.update(
       state,
+      frozen,
       experience,
       key,
       config=config,
       optimizer=optimizer,
       price=jnp.float32(0.05),
-      reference_head=transformer.head(frozen["transformer"]),
     )
+  )
+  state = ppo.init_state(
+    policy, beta=0.05, optimizer=optimizer, controller=beta_lib.fixed()
   )
   return {
     "rollout": _median(roll, policy),
     "scoring": _median(score, policy, frozen, rolled.sequences),
-    "update": _median(update, policy, optimizer.init(policy), experience),
+    "update": _median(update, state, frozen, experience),
   }
 
 

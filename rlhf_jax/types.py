@@ -89,6 +89,13 @@ class PreferencePairs:
   chosen: Sequences
   rejected: Sequences
 
+  @property
+  def both(self) -> Sequences:
+    """All chosen, and after them all rejected: one batch for a model."""
+    return jax.tree.map(
+      lambda *sides: jnp.concatenate(sides), self.chosen, self.rejected
+    )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,9 @@
-"""Eight CPU devices, checked shapes, and a compilation cache for all tests."""
+"""Eight CPU devices, checked shapes, and a compilation cache for all tests.
 
+`pytest -m quick` is what a change of the maths can break, in under a minute.
+"""
+
+import gc
 import os
 import pathlib
 
@@ -7,10 +11,13 @@ import jax
 from jaxtyping import install_import_hook
 import pytest
 
-# Before JAX starts its backend.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts its backend. Tests compile much and compute little: code
+# that is not optimised halves their time.
+_FLAGS = (
+  "--xla_force_host_platform_device_count=8",
+  "--xla_backend_optimization_level=0",
 )
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 
 # All modules whose functions carry shapes. Not `types`: tree.map, vmap and
@@ -34,6 +41,27 @@ _CACHE = str(_ROOT / ".cache" / "jax")
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE  # For commands that are run.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# Folders and files whose tests are quick, and see the maths.
+_QUICK = ("objective/",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks the tests that are `quick`."""
+  tests = pathlib.Path(__file__).parent
+  for item in items:
+    name = item.path.relative_to(tests).as_posix()
+    if name.startswith(_QUICK):
+      item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+  """Compiled programs of a file are of no use to the next; they are large."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")

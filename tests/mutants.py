@@ -194,7 +194,7 @@ MUTANTS = (
     "rlhf_jax/objective/kl.py",
     "jnp.where(mask, penalty.in_reward(terms, mask), 0.0)",
     "penalty.in_reward(terms, mask)",
-    "tests/objective/test_kl.py::test_garbage_after_the_end_changes_no_bit",
+    "tests/objective/test_kl.py::test_no_penalty_is_paid_beyond_the_end",
   ),
   # Objective: advantages and losses.
   Mutant(
@@ -663,8 +663,8 @@ MUTANTS = (
   Mutant(
     "ratio-to-the-learner",
     "rlhf_jax/steps/ppo.py",
-    '"logprobs": rollout.logprobs',
-    '"logprobs": comparison.logprobs',
+    "logprobs=rollout.logprobs",
+    "logprobs=charged.comparison.logprobs",
     "tests/steps/test_ppo.py::test_the_ratio_is_to_the_policy_that_sampled",
   ),
   Mutant(
@@ -704,13 +704,13 @@ MUTANTS = (
   Mutant(
     "loss-divided-by-tokens",
     "rlhf_jax/steps/learner.py",
-    "weights = mask / divisor",
-    "weights = mask / mask.sum()",
+    "mask / (rows * config.rollout.response_length)",
+    "mask / mask.sum()",
     "tests/steps/test_ppo.py::test_microbatches_add_up_to_the_whole",
   ),
   Mutant(
     "reference-at-another-temperature",
-    "rlhf_jax/steps/ppo.py",
+    "rlhf_jax/steps/reference.py",
     "temperature=config.rollout.temperature",
     "temperature=1.0",
     "tests/steps/test_ppo.py::test_ledger_is_that_of_the_full_logits",
@@ -789,7 +789,7 @@ MUTANTS = (
   Mutant(
     "dpo-counts-the-padding",
     "rlhf_jax/steps/dpo.py",
-    "jnp.where(mask, per_token, 0.0).sum(1), 2",
+    "masking.per_response(per_token, mask), 2",
     "per_token.sum(1), 2",
     "tests/steps/test_dpo.py::test_what_is_masked_changes_no_bit",
   ),
@@ -1175,7 +1175,7 @@ def copied_tree() -> Iterator[pathlib.Path]:
 def passes(tree: pathlib.Path, tests: Iterable[str]) -> Outcome:
   """Runs tests in a tree; the verdict is pytest's, in words."""
   command = [sys.executable, "-m", "pytest", "-x", "-q"]
-  command += ["-p", "no:cacheprovider", *tests]
+  command += ["-n", "0", "-p", "no:cacheprovider", *tests]
   # No bytecode: a file that is edited and restored within a second may keep
   # its size and its time, by which Python knows a stale one.
   environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}

@@ -43,6 +43,15 @@ ROOMS = {
   "configs": ((), {"ml_collections"}),
 }
 MOST_FILES = 15  # In a room; `studies` has as many as there are claims.
+MOST_LINES = 60  # Of a function, without its docstring and inner functions.
+# Those that are longer still.
+TOO_LONG = {
+  "rlhf_jax.stages.dpo.run",
+  "rlhf_jax.stages.evaluate.run",
+  "rlhf_jax.stages.reward_model.run",
+  "rlhf_jax.stages.sft.run",
+  "rlhf_jax.studies.adversarial_prefix.run",
+}
 # Package → the one module that may import it.
 OWNERS = {
   "flax": "rlhf_jax.models.transformer",
@@ -105,6 +114,29 @@ def banned_words(source):
   return sorted(BANNED & words)
 
 
+def functions(source):
+  """Dotted name and lines of every function, each without what is in it."""
+
+  def visit(node, name):
+    """The functions that begin in `node`; returns the lines that they take."""
+    inside = 0
+    for child in ast.iter_child_nodes(node):
+      if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+        lines = child.end_lineno - child.lineno + 1
+        apart = yield from visit(child, f"{name}{child.name}.")
+        if ast.get_docstring(child) is not None:
+          apart += child.body[0].end_lineno - child.body[0].lineno + 1
+        yield f"{name}{child.name}", lines - apart
+        inside += lines
+      else:
+        is_class = isinstance(child, ast.ClassDef)
+        inner = f"{name}{child.name}." if is_class else name
+        inside += yield from visit(child, inner)
+    return inside
+
+  yield from visit(ast.parse(source), "")
+
+
 def test_every_module_is_in_a_room():
   names = [name for name, _ in modules() if name != "rlhf_jax"]
   assert len(names) > 20
@@ -117,6 +149,52 @@ def test_no_room_is_a_drawer():
     files = list(folder.glob("*.py"))
     most = 40 if folder.name == "studies" else MOST_FILES
     assert len(files) <= most, folder
+
+
+def test_functions_are_short():
+  """And a function that has become short leaves the list."""
+  long = {
+    f"{module}.{name}"
+    for module, source in modules()
+    if within(module, "rlhf_jax")
+    for name, lines in functions(source)
+    if lines > MOST_LINES
+  }
+  assert long == TOO_LONG
+
+
+def test_lines_are_counted():
+  """Docstrings and inner functions apart; methods and branches are seen."""
+  source = """
+class A:
+  def method(self):
+    '''One.
+
+    Two.
+    '''
+    x = 1
+
+    def inner():
+      '''Its own.'''
+      if x:
+        def innermost():
+          return x
+        return innermost
+      return 3
+    return inner
+
+def plain(
+  a,
+): return a
+"""
+  assert dict(functions(source)) == {
+    "A.method.inner.innermost": 2,
+    "A.method.inner": 4,
+    "A.method": 4,
+    "plain": 3,
+  }
+  lines = "\n".join(["def f():", *["  x = 1"] * MOST_LINES])
+  assert dict(functions(lines)) == {"f": MOST_LINES + 1}
 
 
 def test_modules_import_from_floors_below():

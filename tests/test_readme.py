@@ -1,4 +1,4 @@
-"""What README and the configs say of the studies is what their records say."""
+"""What the page and the configs say of the studies is what records say."""
 
 import importlib
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 from rlhf_jax.studies import collection
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "studies.md").read_text()
 RECORDS = ROOT / "docs" / "studies"
 NAMES = sorted(path.stem for path in RECORDS.glob("*.json"))
 TEN_MINUTES = 600.0  # What a study may take on two cores.
@@ -29,7 +29,7 @@ def test_every_study_has_a_record():
 
 def test_the_table_is_made_from_the_records():
   """It is `table.md` of `launch.study --all`, whose records are committed."""
-  assert collection.table(collection.read_records(RECORDS)) in README
+  assert collection.table(collection.read_records(RECORDS)) in PAGE
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ is 4.50 (4.19 to 4.81).
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -33,13 +33,9 @@ def full() -> ConfigDict:
   config.seeds = 5  # from config.seed on, in every arm
   config.prompts = 512  # held out, that each policy answers
   config.factor = 1.5  # by which the KL to the clean reference is to be larger
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
+  studies.add_training(config, steps=100)
   config.training.kl.beta = 1.5  # harmful words per nat
   config.training.rollout.prompt_length = 12
-  config.training.train.steps = 100
-  config.training.checkpoint.every = 1000
-  config.training.checkpoint.keep = 1
   # Two kinds of writers take longer to learn than one.
   config.training.pipeline.sft.train.steps = 500
   config.lock()

@@ -15,7 +15,7 @@ steps.
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -32,16 +32,12 @@ def full() -> ConfigDict:
   # Of the target: how far the interval of this mean, over seeds, may reach.
   config.tolerance = 0.15
   config.conservative_beta = 0.5  # where schedule and trust begin
-  config.training = ppo.toy()  # kl.beta: where the controllers begin
-  config.training.seed = config.get_ref("seed").identity()
-  config.training.kl.beta = 0.1
+  studies.add_training(config, steps=150)
+  config.training.kl.beta = 0.1  # where the controllers begin
   # The KL that a β leads to is steadier than with the sampled gradient.
   config.training.kl.estimator = "rao_blackwellised"
   # At 10 nats β is about 0.01, which the default crosses in a step.
   config.training.kl.dual.learning_rate = 0.005
-  config.training.train.steps = 150
-  config.training.checkpoint.keep = 1
-  config.training.checkpoint.every = 1000
   config.lock()
   return config
 

@@ -17,7 +17,7 @@ is more than the 5 % that the rule asks for.
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -41,13 +41,9 @@ def full() -> ConfigDict:
   config.prompts = 256  # held out, of each opening; and as many texts
   # Of forgetting without a penalty: what is more than that is left "partly".
   config.partly = 0.05
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
+  studies.add_training(config, steps=100)
   config.training.data.opening = "person"  # All that PPO sees.
   config.training.mix.coefficient = 0.5  # reward units per nat
-  config.training.train.steps = 100
-  config.training.checkpoint.every = 1000
-  config.training.checkpoint.keep = 1
   config.lock()
   return config
 

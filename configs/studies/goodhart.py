@@ -13,7 +13,7 @@ changes by 1.03 (0.82 to 1.25) since the SFT policy.
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -35,11 +35,7 @@ def full() -> ConfigDict:
   config.nonsense = 0.5
   # Of the SFT policy's responses, that look fluent by their NLL per token.
   config.fluent = 0.95
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
-  config.training.train.steps = 100
-  config.training.checkpoint.every = 1000
-  config.training.checkpoint.keep = 1
+  studies.add_training(config, steps=100)
   config.lock()
   return config
 

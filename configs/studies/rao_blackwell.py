@@ -12,7 +12,7 @@ the mean gold reward of 5 steps is at a share of the sampled runs' gain of 1.11
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, studies
+from configs import defaults, studies
 
 
 def full() -> ConfigDict:
@@ -31,11 +31,8 @@ def full() -> ConfigDict:
   # Steps of the mean in which gold reaches a threshold. Two times that are
   # closer than this are read off common steps: it is the tolerance, too.
   config.window = 5
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
+  studies.add_training(config, steps=100)
   config.training.kl.beta = 0.1
-  config.training.train.steps = 100
-  config.training.checkpoint.keep = 1
   config.lock()
   return config
 

@@ -12,7 +12,7 @@ With 1,432 against 143,680 parameters: 86.9 % (85.0 % to 88.8 %).
 
 from ml_collections import ConfigDict
 
-from configs import defaults, ppo, sft, studies
+from configs import defaults, sft, studies
 
 
 def full() -> ConfigDict:
@@ -28,11 +28,9 @@ def full() -> ConfigDict:
   config.times = 100  # how much larger the large model is, at least
   config.seeds = 5  # from config.seed on; each is a run of PPO
   config.prompts = 512  # held out, a seed; each model answers once
-  config.training = ppo.toy()
-  config.training.seed = config.get_ref("seed").identity()
+  studies.add_training(config, steps=100)
   _shape(config.training.model, width=16, layers=1, heads=2, mlp_width=32)
   config.training.kl.beta = 0.1
-  config.training.train.steps = 100
   config.training.optimizer.learning_rate = 3e-3
   config.training.pipeline.sft.optimizer.learning_rate = 1e-2
   config.training.pipeline.reward_model.optimizer.learning_rate = 3e-3

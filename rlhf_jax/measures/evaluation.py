@@ -24,7 +24,7 @@ from rlhf_jax.measures import best_of_n as best_of_n_lib
 from rlhf_jax.settings import prefix as prefix_lib
 from rlhf_jax.settings import roles, static
 from rlhf_jax.steps import evaluate as evaluate_lib
-from rlhf_jax.steps import ppo, rewards, sharding
+from rlhf_jax.steps import rewards, sharding
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.text import statistics as text_statistics
 from rlhf_jax.text import toy_language
@@ -162,7 +162,7 @@ def evaluate(
 def _compiled(
   config: evaluate_lib.EvaluateConfig,
   score: rewards.Score,
-  gold: ppo.Gold | None,
+  gold: rewards.Gold | None,
 ) -> Callable[..., evaluate_lib.Evaluation]:
   """Policies of one architecture share a program."""
   return jax.jit(evaluate_lib.make(config, score=score, gold=gold))

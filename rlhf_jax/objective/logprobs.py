@@ -222,6 +222,21 @@ _statistics.defvjp(
 )
 
 
+def compare_tokens(
+  policy: tuple[Float[Array, "*N D"], Float[Array, "V D"]],
+  reference: tuple[Float[Array, "*N E"], Float[Array, "V E"]],
+  targets: Int[Array, "*N"],
+  *,
+  temperature: float,
+) -> Comparison:
+  """`statistics` of two models' states, each beside its head, all at once."""
+  logits, reference_logits = (
+    token_logits(*model, temperature=temperature)
+    for model in (policy, reference)
+  )
+  return statistics(logits, reference_logits, targets)
+
+
 def compare(
   policy: tuple[Float[Array, "B R D"], Float[Array, "V D"]],
   reference: tuple[Float[Array, "B R E"], Float[Array, "V E"]],
@@ -230,7 +245,7 @@ def compare(
   temperature: float,
   logits_per_chunk: int,
 ) -> Comparison:
-  """`statistics` of two models' responses, in one pass over the tokens.
+  """`compare_tokens` of two models' responses, in one pass over the columns.
 
   Args:
     policy: Hidden states that predict the targets, and the head.
@@ -241,11 +256,8 @@ def compare(
   """
 
   def compared(policy_hidden, reference_hidden, targets):
-    return statistics(
-      token_logits(policy_hidden, policy[1], temperature=temperature),
-      token_logits(reference_hidden, reference[1], temperature=temperature),
-      targets,
-    )
+    models = (policy_hidden, policy[1]), (reference_hidden, reference[1])
+    return compare_tokens(*models, targets, temperature=temperature)
 
   arrays = policy[0], reference[0], targets
   # Four arrays of logits are alive at once, two models' and their softmaxes.

@@ -53,6 +53,16 @@ def response_states(
   return hidden[:, -response_size - 1 : -1]
 
 
+def real_states(
+  hidden: Float[Array, "*N D"], mask: Bool[Array, "*N"]
+) -> Float[Array, "*N D"]:
+  """The states where `mask`, 0 elsewhere: for a loss that is differentiated.
+
+  Masking its logprobs is too late: a gradient of 0 times NaN is NaN.
+  """
+  return jnp.where(mask[..., None], hidden, 0.0)
+
+
 def last_token(x: Array, lengths: Int[Array, "B"]) -> Array:
   """`x[b, lengths[b] − 1]`: what stands on the last real token.
 
@@ -74,6 +84,13 @@ def place_on_last(
 def masked_sum(x: Float[Array, "*N"], mask: Bool[Array, "*N"]):
   """Σ of `x` where `mask`; what is masked may be NaN."""
   return jnp.where(mask, x, 0.0).sum()
+
+
+def per_response(
+  x: Float[Array, "B R"], mask: Bool[Array, "B R"]
+) -> Float[Array, "B"]:
+  """Σ over the tokens of each response; what is masked may be NaN."""
+  return jnp.where(mask, x, 0.0).sum(1)
 
 
 def masked_mean(x: Float[Array, "*N"], mask: Bool[Array, "*N"]):

@@ -20,7 +20,9 @@ from rlhf_jax import types
 from rlhf_jax.data import batches, preferences
 from rlhf_jax.settings import roles, static
 from rlhf_jax.stages import alarms, loop, sample_records, training
-from rlhf_jax.steps import dpo, offline_ledger, sharding
+from rlhf_jax.steps import dpo, sharding
+from rlhf_jax.steps import evaluate as evaluate_lib
+from rlhf_jax.steps import ledger as ledger_lib
 from rlhf_jax.steps import reference as reference_lib
 from rlhf_jax.storage import checkpoint, reference_cache
 from rlhf_jax.storage import workdir as workdir_lib
@@ -34,7 +36,7 @@ class _Settings(NamedTuple):
   """What the step and the ledger are compiled with."""
 
   step: dpo.DPOConfig
-  ledger: offline_ledger.LedgerConfig
+  ledger: evaluate_lib.LedgerConfig
 
 
 def run(
@@ -61,7 +63,7 @@ def run(
   record = _Record(stage)
   key = jax.random.key(config.seed)
   state = stage.drive(
-    offline_ledger.with_ledger(
+    evaluate_lib.with_ledger(
       dpo.make_step(compiled.step, optimizer), compiled.ledger
     ),
     dpo.init_state(
@@ -142,7 +144,7 @@ def _settings(config, policy, held) -> _Settings:
     logits_per_chunk=per_chunk,
     **config.dpo.to_dict(),
   )
-  ledger = offline_ledger.LedgerConfig(
+  ledger = evaluate_lib.LedgerConfig(
     model=policy.model,
     reference=held.model,
     rollout=static.rollout_config(config, policy),
@@ -202,7 +204,7 @@ def _finished(stage, state, reference, prompts, ledger) -> types.Metrics:
     batch_size=FINAL_PROMPTS,
   )
   key = jax.random.fold_in(jax.random.key(config.seed), config.train.steps)
-  write = jax.jit(offline_ledger.written, static_argnums=4)
+  write = jax.jit(evaluate_lib.written, static_argnums=4)
   rollout, comparison = batches.map_rows(
     lambda batch, index: write(
       state.params, reference, batch, jax.random.fold_in(key, index), ledger
@@ -212,9 +214,9 @@ def _finished(stage, state, reference, prompts, ledger) -> types.Metrics:
     batch_size=config.train.batch_size,
   )
   rollout, comparison = jax.tree.map(jnp.asarray, (rollout, comparison))
-  of_samples = jax.jit(offline_ledger.of_samples, static_argnums=3)
+  of_offline = jax.jit(ledger_lib.of_offline, static_argnums=3)
   beta = jnp.float32(config.kl.beta)
-  return jax.device_get(of_samples(rollout, comparison, beta, ledger))
+  return jax.device_get(of_offline(rollout, comparison, beta, ledger.gold))
 
 
 def _heldout(stage, state, heldout, settings):

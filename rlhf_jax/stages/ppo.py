@@ -1,8 +1,8 @@
 """Stage `ppo`: one policy, or many at once.
 
-The members of a sweep run in one compiled program (`steps.members`): each has
-its state, prompts and random numbers; the reference and the reward model are
-shared. Each member has a workdir of the same form as a single run's.
+The members of a sweep run in one compiled program (`sharding.step_of_all`):
+each has its state, prompts and random numbers; the reference and the reward
+model are shared. Each member has a workdir of the same form as a single run's.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,6 @@ from rlhf_jax.data import prompts as prompts_lib
 from rlhf_jax.models import transformer
 from rlhf_jax.settings import roles, static
 from rlhf_jax.stages import alarms, loop, sample_records, training
-from rlhf_jax.steps import members as members_lib
 from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import ppo, rewards, sharding, text_mix
 from rlhf_jax.steps import reference as reference_lib
@@ -158,7 +157,7 @@ def _step_and_states(models, members, mesh, stacked):
   policy, reward = models.policy, models.reward
   head = transformer.init_scalar_head(policy.model.width, use_bias=True)
   params = {"transformer": policy.params["transformer"], "value_head": head}
-  vectorise = stacked and members_lib.vectorises(mesh)
+  vectorise = stacked and sharding.vectorises(mesh)
   step = ppo.make_step(
     static.ppo_config(
       config,
@@ -182,7 +181,7 @@ def _step_and_states(models, members, mesh, stacked):
     return jax.vmap(of)(betas) if stacked else of(betas[0])
 
   if stacked:
-    step = members_lib.step_of_all(step, mesh, vectorise=vectorise)
+    step = sharding.step_of_all(step, mesh, vectorise=vectorise)
   betas = jnp.array([member.config.kl.beta for member in members])
   # Made where they belong: no device ever holds all of them.
   shapes = jax.eval_shape(start, params, betas)

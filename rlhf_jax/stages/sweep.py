@@ -3,7 +3,7 @@
 Members share the reference and the reward model and are trained in one
 compiled program, in chunks where memory is short; a chunk that has ended is
 not done again. A member equals the single run with its β and its seed: to the
-last bit where a device loops over its members (`steps.members`); under `vmap`,
+last bit where a device loops over its members (`sharding.step_of_all`); under `vmap`,
 but for the rounding of batched sums, its first step to about 1e-5 and later
 ones as far as sampling carries a last bit. A member whose figures are no
 longer numbers stops the sweep, as it stops a single run.

@@ -3,12 +3,12 @@
     state, scalars = step(state, batch)
 
 The reference's logprobs are part of the batch: they never change, so they are
-made once (`host.reference_cache`), and no reference model is in the step. β
+made once (`storage.reference_cache`), and no reference model is in the step. β
 is in the state, traced. All losses see a response as a whole, by the sum of
 its tokens' logprobs; which loss it is, `_losses` says.
 
 Offline training does not see what the policy would write:
-`steps.offline_ledger` adds that to some of the steps.
+`evaluate.with_ledger` adds that to some of the steps.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,6 @@ from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import rollout as rollout_lib
 
 PairLogprobs = tuple[Float[Array, "B"], Float[Array, "B"]]
-Scalars = dict[str, Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +81,19 @@ def pair_logprobs(
   Nats, summed over the response's tokens; an empty response has 0. The
   reference is asked by this function, too.
   """
-  both = jax.tree.map(
-    lambda chosen, rejected: jnp.concatenate([chosen, rejected]),
-    pairs.chosen,
-    pairs.rejected,
-  )
-  both = jax.tree.map(transformer.shard_batch, both)
-  size = both.response_tokens.shape[1]
-  hidden = rollout_lib.teacher_forced(
-    params["transformer"], both, model=config.model
-  )
+  both = jax.tree.map(transformer.shard_batch, pairs.both)
+  network = params["transformer"]
   per_token = logprobs_lib.token_logprobs(
-    masking.response_states(hidden, size),
-    transformer.head(params["transformer"]),
+    rollout_lib.response_states(network, both, model=config.model),
+    transformer.head(network),
     both.response_tokens,
     temperature=config.temperature,
     logits_per_chunk=config.logits_per_chunk,
   )
-  mask = masking.response_mask(both.response_lengths, size)
-  chosen, rejected = jnp.split(jnp.where(mask, per_token, 0.0).sum(1), 2)
+  mask = masking.response_mask(
+    both.response_lengths, both.response_tokens.shape[1]
+  )
+  chosen, rejected = jnp.split(masking.per_response(per_token, mask), 2)
   return chosen, rejected
 
 
@@ -206,21 +199,14 @@ def init_state(
 
 def make_step(
   config: DPOConfig, optimizer: optax.GradientTransformation
-) -> Callable[[types.TrainState, Batch], tuple[types.TrainState, Scalars]]:
+) -> Callable[
+  [types.TrainState, Batch], tuple[types.TrainState, optimizer_lib.Scalars]
+]:
   """The step, to be jitted with its state donated."""
 
   def loss(params, batch, beta):
     figures = pair_figures(params, batch, beta, config)
     scalars = {name: figure.mean() for name, figure in figures.items()}
-    return scalars["dpo/loss"], scalars
+    return scalars["dpo/loss"], scalars | {"kl/beta": beta}
 
-  def step(state, batch):
-    batch = jax.tree.map(transformer.shard_batch, batch)
-    gradient, scalars = jax.grad(loss, has_aux=True)(
-      state.params, batch, state.beta
-    )
-    scalars["dpo/grad_norm"] = optax.global_norm(gradient)
-    scalars["kl/beta"] = state.beta
-    return optimizer_lib.descend(optimizer, state, gradient), scalars
-
-  return step
+  return optimizer_lib.one_update_step(loss, optimizer, name="dpo")

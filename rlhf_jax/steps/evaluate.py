@@ -5,37 +5,42 @@
 Responses, scores and KL as a PPO step has them: drawn by the same rollout, and
 both models teacher-forced, so that a policy that equals its reference is at KL
 0 exactly. Every figure is one per response; means are the host's.
+
+A policy that is trained offline is looked at beside its step (`with_ledger`):
+a loss on given pairs says nothing of what the policy would write.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rlhf_jax import types
-from rlhf_jax.models import transformer
-from rlhf_jax.objective import kl, masking
 from rlhf_jax.objective import logprobs as logprobs_lib
-from rlhf_jax.steps import anchor, learner, ppo, rewards
+from rlhf_jax.objective import masking
+from rlhf_jax.steps import ledger, rewards
+from rlhf_jax.steps import reference as reference_lib
 from rlhf_jax.steps import rollout as rollout_lib
 
+EvaluateConfig = reference_lib.ComparisonConfig
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-  """What is fixed when the evaluation is compiled.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LedgerConfig(reference_lib.ComparisonConfig):
+  """How a policy is looked at while it is trained offline.
 
   Attributes:
-    prefix: What stands in front of every prompt, where something does.
+    every: Steps between two looks.
+    gold: The true reward, where there is one.
   """
 
-  model: transformer.TransformerConfig
-  reference: transformer.TransformerConfig
-  rollout: rollout_lib.RolloutConfig
-  prefix: anchor.Prefix | None = None
-  logits_per_chunk: int = 2**24
+  every: int
+  gold: rewards.Gold | None = None
 
 
 class Evaluation(NamedTuple):
@@ -77,7 +82,7 @@ Evaluate = Callable[
 
 
 def make(
-  config: EvaluateConfig, *, score: rewards.Score, gold: ppo.Gold | None
+  config: EvaluateConfig, *, score: rewards.Score, gold: rewards.Gold | None
 ) -> Evaluate:
   """The evaluation of a batch, to be jitted.
 
@@ -88,50 +93,79 @@ def make(
   """
 
   def evaluate(policy, reference, reward_model, prompts, key):
-    rollout = rollout_lib.rollout(
-      policy["transformer"],
-      prompts,
-      key,
-      model=config.model,
-      config=config.rollout,
-    )
-    sequences = rollout.sequences
+    rollout, compared = _write(policy, reference, prompts, key, config)
+    comparison, clean = compared.asked.comparison, compared.clean
     mask = masking.response_mask(
-      sequences.response_lengths, config.rollout.response_length
+      rollout.sequences.response_lengths, config.rollout.response_length
     )
-    states = learner.states_and_head(policy, sequences, model=config.model)
-    against = functools.partial(_against, reference, states, config=config)
-    comparison, judged, anchored = against(sequences), sequences, None
-    per_response = lambda nats: jnp.where(mask, nats, 0.0).sum(1)
-    if config.prefix is not None:
-      judged = anchor.without_prefix(sequences, config.prefix)
-      anchored = per_response(against(judged).reverse_kl)
-    log_ratio, _ = kl.clamp_log_ratio(
-      comparison.logprobs - comparison.reference_logprobs
-    )
+    per_response = functools.partial(masking.per_response, mask=mask)
+    meters = ledger.meters(comparison)
     return Evaluation(
       rollout=rollout,
       comparison=comparison,
-      score=score(reward_model, judged, jnp.int32(0)),
-      gold=None if gold is None else gold(judged),
-      reverse_k1=per_response(kl.k1(log_ratio)),
-      reverse_k3=per_response(kl.k3(log_ratio)),
-      reverse_exact=per_response(comparison.reverse_kl),
-      forward_exact=per_response(comparison.forward_kl),
+      score=score(reward_model, compared.judged, jnp.int32(0)),
+      gold=None if gold is None else gold(compared.judged),
+      reverse_k1=per_response(meters["kl/reverse_k1"]),
+      reverse_k3=per_response(meters["kl/reverse_k3"]),
+      reverse_exact=per_response(meters["kl/reverse_exact"]),
+      forward_exact=per_response(meters["kl/forward_exact"]),
       reference_nll=per_response(-comparison.reference_logprobs),
       entropy=per_response(comparison.entropy),
-      anchored=anchored,
+      anchored=None if clean is None else per_response(clean.terms.reverse_kl),
     )
 
   return evaluate
 
 
-def _against(reference, states, sequences, *, config: EvaluateConfig):
-  """The policy's states against the reference that reads `sequences`."""
-  return logprobs_lib.compare(
-    states,
-    learner.states_and_head(reference, sequences, model=config.reference),
-    sequences.response_tokens,
-    temperature=config.rollout.temperature,
-    logits_per_chunk=config.logits_per_chunk,
+def with_ledger(
+  step: Callable[..., tuple[types.TrainState, Any]], config: LedgerConfig
+) -> Callable[..., tuple[types.TrainState, tuple[Any, types.Metrics]]]:
+  """The step, and beside its result what the policy wrote before it.
+
+  `step(state, batch, reference, prompts, key)`. Between two looks, where
+  `state.step` is no multiple of `config.every`, the second result is zeros:
+  nothing is sampled.
+  """
+
+  def watched(state, batch, reference, prompts, key):
+    step_key = jax.random.fold_in(key, state.step)
+
+    def look():
+      pair = written(state.params, reference, prompts, step_key, config)
+      return ledger.of_offline(*pair, state.beta, config.gold)
+
+    def nothing():
+      zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+      return jax.tree.map(zeros, jax.eval_shape(look))
+
+    metrics = lax.cond(state.step % config.every == 0, look, nothing)
+    state, scalars = step(state, batch)
+    return state, (scalars, metrics)
+
+  return watched
+
+
+def written(
+  policy: types.Params,
+  reference: types.Params,
+  prompts: types.Prompts,
+  key: PRNGKeyArray,
+  config: reference_lib.ComparisonConfig,
+) -> tuple[types.Rollout, logprobs_lib.Comparison]:
+  """A response of the policy to each prompt, and both models on its tokens."""
+  rollout, compared = _write(policy, reference, prompts, key, config)
+  return rollout, compared.asked.comparison
+
+
+def _write(policy, reference, prompts, key, config):
+  """The rollout, and the policy beside the reference on it."""
+  rollout = rollout_lib.rollout(
+    policy["transformer"],
+    prompts,
+    key,
+    model=config.model,
+    config=config.rollout,
+  )
+  return rollout, reference_lib.compare(
+    policy, reference, rollout.sequences, config
   )

@@ -8,7 +8,7 @@ constant and never by the number of tokens that were sampled. A mix of texts
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -19,18 +19,17 @@ from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import kl, masking, policy_loss
 from rlhf_jax.objective import logprobs as logprobs_lib
-from rlhf_jax.steps import anchor, text_mix
+from rlhf_jax.steps import reference as reference_lib
 from rlhf_jax.steps import rollout as rollout_lib
+from rlhf_jax.steps import text_mix
 
 
 @dataclasses.dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(reference_lib.ComparisonConfig):
   """What is fixed when a step is compiled; β and the learning state are not.
 
   Attributes:
-    reference: The reference's architecture, where it is not the policy's.
     penalty: A row of `kl.PENALTIES`.
-    prefix: What stands in front of every prompt, where something does.
     anchored: The penalty holds the policy, with the prefix, to the reference
       without it.
     mix: Texts in the loss, where there are any.
@@ -42,14 +41,9 @@ class PPOConfig:
       in GRPO; without it every token weighs the same.
     microbatches: Pieces of a minibatch whose gradients are added up; changes
       memory and not the result.
-    logits_per_chunk: See `objective.logprobs`.
   """
 
-  model: transformer.TransformerConfig
-  rollout: rollout_lib.RolloutConfig
-  reference: transformer.TransformerConfig | None = None
   penalty: kl.Penalty = kl.PENALTIES["sequence_reverse", "sampled"]
-  prefix: anchor.Prefix | None = None
   anchored: bool = False
   mix: text_mix.Mix | None = None
   advantages: Literal["gae", "rloo", "grpo", "reinforce_pp"] = "gae"
@@ -65,94 +59,55 @@ class PPOConfig:
   gamma: float = 1.0
   gae_lambda: float = 0.95
   whiten_advantages: bool = True
-  logits_per_chunk: int = 2**24
 
 
-def response_hidden(
-  params: types.Params,
-  sequences: types.Sequences,
-  *,
-  model: transformer.TransformerConfig,
-) -> Float[Array, "B R D"]:
-  """The teacher-forced states that predict the response's tokens."""
-  hidden = rollout_lib.teacher_forced(
-    params["transformer"], sequences, model=model
-  )
-  return masking.response_states(hidden, sequences.response_tokens.shape[1])
+class Experience(NamedTuple):
+  """What the loss is made of: the rows of a step or of a minibatch.
 
+  Attributes:
+    sequences: Prompts and responses.
+    logprobs: Of the policy that sampled, from the rollout.
+    reference_logprobs: Of the reference that the penalty holds to.
+    reference_hidden: Its states, if the penalty needs its distributions.
+    values: The critic's, before the updates.
+    advantages: What a token was worth, in the critic's or the group's eyes.
+    returns: The critic's targets.
+    texts: Of the mix, if there is one; cut into minibatches as the rest is.
+  """
 
-def states_and_head(
-  params: types.Params,
-  sequences: types.Sequences,
-  *,
-  model: transformer.TransformerConfig,
-) -> tuple[Float[Array, "B R D"], Float[Array, "V D"]]:
-  """What logprobs of the responses are made from; see `logprobs.compare`."""
-  hidden = response_hidden(params, sequences, model=model)
-  return hidden, transformer.head(params["transformer"])
+  sequences: types.Sequences
+  logprobs: Float[Array, "B R"]
+  reference_logprobs: Float[Array, "B R"]
+  reference_hidden: Float[Array, "B R E"] | None
+  values: Float[Array, "B R"]
+  advantages: Float[Array, "B R"]
+  returns: Float[Array, "B R"]
+  texts: text_mix.Texts | None = None
 
 
 def gradient(
   params: types.Params,
-  minibatch: dict[str, Any],
+  minibatch: Experience,
   price: Float[Array, ""],
   reference_head: Float[Array, "V E"],
   config: PPOConfig,
 ) -> tuple[types.Params, dict[str, Any]]:
   """Gradient of the loss, and sums over tokens of what it was made of.
 
-  Every sum is divided by the rows of the whole minibatch times R, a constant,
-  so that the split, padding and devices leave the result alone.
+  Args:
+    params: The policy.
+    minibatch: Every array as `[microbatches, rows, …]`.
+    price: What a nat in the loss costs, in the units of the advantages.
+    reference_head: The reference's matrix of the logits.
+    config: Static settings.
   """
-  rows = minibatch["advantages"].size // config.rollout.response_length
-  divisor = rows * config.rollout.response_length
+  # A constant, so that the split, padding and devices leave the result alone.
+  rows = minibatch.advantages.size // config.rollout.response_length
 
   def of_rows(experience):
-    sequences = experience["sequences"]
-    mask = masking.response_mask(
-      sequences.response_lengths, config.rollout.response_length
+    return _gradient_of_rows(
+      params, experience, rows, price, reference_head, config
     )
-
-    def forward(params):
-      hidden = response_hidden(params, sequences, model=config.model)
-      values = transformer.apply_scalar_head(params["value_head"], hidden)
-      return hidden, transformer.head(params["transformer"]), values
-
-    (hidden, head, values), pull_back = jax.vjp(forward, params)
-    weights = mask / divisor
-    if config.length_normalisation:
-      lengths = jnp.maximum(sequences.response_lengths, 1)[:, None]
-      weights = mask / (rows * lengths)
-    columns = {
-      name: x for name, x in experience.items() if name not in _NOT_IN_COLUMNS
-    }
-    columns |= {"tokens": sequences.response_tokens, "mask": mask}
-    columns |= {"weights": weights}
-    sums, (of_hidden, of_head) = head_gradient(
-      hidden, head, columns, price, reference_head, config
-    )
-    of_values = jnp.zeros_like(values)
-    sums["value_loss"] = jnp.zeros(())
-    if config.advantages == "gae":
-      of_values, sums["value_loss"] = jax.grad(_value_loss, has_aux=True)(
-        values, experience, mask, weights, config
-      )
-    (total,) = pull_back((of_hidden, of_head, of_values))
-    moved = sums["moved"]
-    sums |= {"moved": moved.sum(), "moved_squared": jnp.square(moved).sum()}
-    if config.mix is not None:
-      of_texts, sums["texts"] = text_mix.gradient(
-        params["transformer"],
-        experience["texts"],
-        reference_head,
-        mix=config.mix,
-        model=config.model,
-        logits_per_chunk=config.logits_per_chunk,
-      )
-      total["transformer"] = jax.tree.map(
-        jnp.add, total["transformer"], of_texts
-      )
-    return total, sums
 
   if config.microbatches == 1:
     whole = jax.tree.map(lambda x: transformer.shard_batch(x[0]), minibatch)
@@ -169,7 +124,57 @@ def gradient(
   return lax.scan(accumulate, zeros, minibatch)[0]
 
 
-_NOT_IN_COLUMNS = ("sequences", "values", "returns", "texts")
+def _gradient_of_rows(params, experience, rows, price, reference_head, config):
+  """That of some of a minibatch's `rows`: policy, penalty, critic and texts."""
+  sequences = experience.sequences
+  mask = masking.response_mask(
+    sequences.response_lengths, config.rollout.response_length
+  )
+
+  def forward(params):
+    hidden = rollout_lib.response_states(
+      params["transformer"], sequences, model=config.model
+    )
+    values = transformer.apply_scalar_head(params["value_head"], hidden)
+    return hidden, transformer.head(params["transformer"]), values
+
+  (hidden, head, values), pull_back = jax.vjp(forward, params)
+  weights = mask / (rows * config.rollout.response_length)
+  if config.length_normalisation:
+    lengths = jnp.maximum(sequences.response_lengths, 1)[:, None]
+    weights = mask / (rows * lengths)
+  columns = {
+    "tokens": sequences.response_tokens,
+    "mask": mask,
+    "weights": weights,
+    "logprobs": experience.logprobs,
+    "advantages": experience.advantages,
+    "reference_logprobs": experience.reference_logprobs,
+    "reference_hidden": experience.reference_hidden,
+  }
+  sums, (of_hidden, of_head) = head_gradient(
+    hidden, head, columns, price, reference_head, config
+  )
+  of_values = jnp.zeros_like(values)
+  sums["value_loss"] = jnp.zeros(())
+  if config.advantages == "gae":
+    of_values, sums["value_loss"] = jax.grad(_value_loss, has_aux=True)(
+      values, experience, mask, weights, config
+    )
+  (total,) = pull_back((of_hidden, of_head, of_values))
+  moved = sums["moved"]
+  sums |= {"moved": moved.sum(), "moved_squared": jnp.square(moved).sum()}
+  if config.mix is not None:
+    of_texts, sums["texts"] = text_mix.gradient(
+      params["transformer"],
+      experience.texts,
+      reference_head,
+      mix=config.mix,
+      model=config.model,
+      logits_per_chunk=config.logits_per_chunk,
+    )
+    total["transformer"] = jax.tree.map(jnp.add, total["transformer"], of_texts)
+  return total, sums
 
 
 def head_gradient(
@@ -201,34 +206,12 @@ def _token_losses(hidden, head, columns, price, reference_head, config):
 
   Args as `logprobs.gradient_in_columns` gives them, then what is constant.
   """
-  temperature = config.rollout.temperature
-  mask = columns["mask"]
+  mask, weights = columns["mask"], columns["weights"]
   real = lambda x, otherwise: jnp.where(mask, x, otherwise)
-  # Before the logits, too: a gradient of 0 times NaN is NaN.
-  real_states = lambda x: jnp.where(mask[..., None], x, 0.0)
-  hidden, logprobs = real_states(hidden), real(columns["logprobs"], 0.0)
-  reverse_kl = forward_kl = jnp.zeros_like(logprobs)
-  if config.penalty.needs_reference:
-    comparison = logprobs_lib.statistics(
-      logprobs_lib.token_logits(hidden, head, temperature=temperature),
-      logprobs_lib.token_logits(
-        real_states(columns["reference_hidden"]),
-        reference_head,
-        temperature=temperature,
-      ),
-      columns["tokens"],
-    )
-    new_logprobs = comparison.logprobs
-    reverse_kl = real(comparison.reverse_kl, 0.0)
-    forward_kl = real(comparison.forward_kl, 0.0)
-  else:
-    new_logprobs = logprobs_lib.token_logprobs(
-      hidden,
-      head,
-      columns["tokens"],
-      temperature=temperature,
-      logits_per_chunk=config.logits_per_chunk,
-    )
+  logprobs = real(columns["logprobs"], 0.0)
+  new_logprobs, *both_kls = _new_logprobs_and_kls(
+    hidden, head, columns, reference_head, config
+  )
   # Equal numbers under the mask: ratio 1, and no gradient through `where`.
   new_logprobs = real(new_logprobs, logprobs)
   losses, clipped = policy_loss.clipped_policy_loss(
@@ -237,16 +220,17 @@ def _token_losses(hidden, head, columns, price, reference_head, config):
     columns["advantages"],
     clip_epsilon=config.clip_epsilon,
   )
-  total = masking.masked_sum(columns["weights"] * losses, mask)
+  total = masking.masked_sum(weights * losses, mask)
   if config.penalty.in_loss is not None:
     log_ratio = real(new_logprobs - columns["reference_logprobs"], 0.0)
+    reverse_kl, forward_kl = (real(nats, 0.0) for nats in both_kls)
     terms = kl.Terms(
       log_ratio=kl.clamp_log_ratio(log_ratio)[0],
       reverse_kl=reverse_kl,
       forward_kl=forward_kl,
       importance_ratio=policy_loss.importance_ratio(new_logprobs, logprobs),
     )
-    penalty = price * columns["weights"] * config.penalty.in_loss(terms)
+    penalty = price * weights * config.penalty.in_loss(terms)
     total += masking.masked_sum(penalty, mask)
   sums = {
     "policy_loss": masking.masked_sum(losses, mask),
@@ -256,12 +240,33 @@ def _token_losses(hidden, head, columns, price, reference_head, config):
   return total, sums
 
 
+def _new_logprobs_and_kls(hidden, head, columns, reference_head, config):
+  """Of the tokens; KL to the reference, reverse and forward, if one asks."""
+  mask, tokens = columns["mask"], columns["tokens"]
+  temperature = config.rollout.temperature
+  hidden = masking.real_states(hidden, mask)
+  if config.penalty.needs_reference:
+    theirs = masking.real_states(columns["reference_hidden"], mask)
+    comparison = logprobs_lib.compare_tokens(
+      (hidden, head), (theirs, reference_head), tokens, temperature=temperature
+    )
+    return comparison.logprobs, comparison.reverse_kl, comparison.forward_kl
+  new_logprobs = logprobs_lib.token_logprobs(
+    hidden,
+    head,
+    tokens,
+    temperature=temperature,
+    logits_per_chunk=config.logits_per_chunk,
+  )
+  return new_logprobs, *(jnp.zeros_like(new_logprobs),) * 2
+
+
 def _value_loss(values, experience, mask, weights, config):
   """The critic's weighted loss, and its sum over tokens."""
   losses = policy_loss.clipped_value_loss(
     values,
-    experience["values"],
-    experience["returns"],
+    experience.values,
+    experience.returns,
     clip_epsilon=config.value_clip_epsilon,
   )
   weighted = config.value_coefficient * weights * losses

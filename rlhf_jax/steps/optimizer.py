@@ -1,12 +1,17 @@
 """AdamW with a schedule and a global gradient clip."""
 
+from collections.abc import Callable
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+from jaxtyping import Array, Float
 import optax
 
 from rlhf_jax import types
+from rlhf_jax.models import transformer
+
+Scalars = dict[str, Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +69,45 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
   )
 
 
-def descend(
+def apply(
   optimizer: optax.GradientTransformation,
-  state: types.TrainState,
+  params: types.Params,
+  optimizer_state: optax.OptState,
   gradient: types.Params,
-) -> types.TrainState:
-  """The state after one update of a step that is one update."""
-  updates, optimizer_state = optimizer.update(
-    gradient, state.optimizer, state.params
-  )
-  return dataclasses.replace(
-    state,
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    optimizer=optimizer_state,
-  )
+) -> tuple[types.Params, optax.OptState]:
+  """Parameters and optimiser state after one update."""
+  updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+  return optax.apply_updates(params, updates), optimizer_state
+
+
+def one_update_step(
+  loss: Callable[[types.Params, Any, Any], tuple[Float[Array, ""], Scalars]],
+  optimizer: optax.GradientTransformation,
+  *,
+  name: str,
+) -> Callable[[types.TrainState, Any], tuple[types.TrainState, Scalars]]:
+  """A step that is one update: `state, scalars = step(state, batch)`.
+
+  Args:
+    loss: `(params, batch, beta) → (loss, scalars)`.
+    optimizer: From `make`.
+    name: Of the metric `{name}/grad_norm`, which joins the loss's.
+  """
+
+  def step(state, batch):
+    batch = jax.tree.map(transformer.shard_batch, batch)
+    gradient, scalars = jax.grad(loss, has_aux=True)(
+      state.params, batch, state.beta
+    )
+    params, optimizer_state = apply(
+      optimizer, state.params, state.optimizer, gradient
+    )
+    state = dataclasses.replace(
+      state, step=state.step + 1, params=params, optimizer=optimizer_state
+    )
+    return state, scalars | {f"{name}/grad_norm": optax.global_norm(gradient)}
+
+  return step
 
 
 def _is_weight(params: types.Params):

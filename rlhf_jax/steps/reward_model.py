@@ -34,12 +34,7 @@ def pair_scores(
   config: RewardModelConfig,
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
   """Raw scores of chosen and rejected, which pass through as one batch."""
-  both = jax.tree.map(
-    lambda chosen, rejected: jnp.concatenate([chosen, rejected]),
-    pairs.chosen,
-    pairs.rejected,
-  )
-  both = jax.tree.map(transformer.shard_batch, both)
+  both = jax.tree.map(transformer.shard_batch, pairs.both)
   scores = rewards.raw_scores(params, both, model=config.model)
   chosen, rejected = jnp.split(scores, 2)
   return chosen, rejected
@@ -58,21 +53,16 @@ def make_step(
   config: RewardModelConfig, optimizer: optax.GradientTransformation
 ) -> Callable[
   [types.TrainState, types.PreferencePairs],
-  tuple[types.TrainState, dict[str, Float[Array, ""]]],
+  tuple[types.TrainState, optimizer_lib.Scalars],
 ]:
   """The step, to be jitted with its state donated."""
 
-  def loss(params, pairs):
+  def loss(params, pairs, beta):
+    del beta
     scalars = pair_metrics(*pair_scores(params, pairs, config))
     return scalars["reward_model/loss"], scalars
 
-  def step(state, pairs):
-    gradient, scalars = jax.grad(loss, has_aux=True)(state.params, pairs)
-    state = optimizer_lib.descend(optimizer, state, gradient)
-    grad_norm = optax.global_norm(gradient)
-    return state, scalars | {"reward_model/grad_norm": grad_norm}
-
-  return step
+  return optimizer_lib.one_update_step(loss, optimizer, name="reward_model")
 
 
 def moments(raw: Float[Array, "N"]) -> dict[str, Float[Array, ""]]:

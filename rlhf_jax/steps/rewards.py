@@ -9,6 +9,7 @@ from inside the compiled step through a host callback.
 
 from collections.abc import Callable, Sequence
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,67 @@ Score = Callable[
 Agreement = Callable[
   [types.Params, types.Sequences, Int[Array, ""]], Float[Array, ""]
 ]
+Gold = Callable[[types.Sequences], Float[Array, "B"]]
+Scale = Callable[[types.Params], Float[Array, ""]]
+
+
+class Judgement(NamedTuple):
+  """What is said of responses. The policy learns from the scores alone.
+
+  Attributes:
+    scores: Reward units.
+    golds: The true rewards, where there are any.
+    pair_accuracy: The share of pairs that the scores order as the golds do.
+    agreement: How far an ensemble of reward models agrees, if there is one.
+    scale: Raw reward units in a unit of the score, where they differ.
+  """
+
+  scores: Float[Array, "B"]
+  golds: Float[Array, "B"] | None
+  pair_accuracy: Float[Array, ""] | None
+  agreement: Float[Array, ""] | None
+  scale: Float[Array, ""] | None
+
+  @property
+  def reliability(self) -> Float[Array, ""]:
+    """What β controllers ask for; NaN where nobody measured.
+
+    The agreement stands in for an accuracy that is not known.
+    """
+    for measured in (self.pair_accuracy, self.agreement):
+      if measured is not None:
+        return measured
+    return jnp.float32(jnp.nan)
+
+
+Judge = Callable[[types.Params, types.Sequences, Int[Array, ""]], Judgement]
+
+
+def judge(
+  score: Score,
+  *,
+  group_size: int,
+  gold: Gold | None = None,
+  agreement: Agreement | None = None,
+  score_scale: Scale | None = None,
+) -> Judge:
+  """All that judges a response, behind the signature of a score."""
+
+  def judged(reward_model, sequences, step):
+    scores = score(reward_model, sequences, step)
+    golds, accuracy, agreed, scale = None, None, None, None
+    if score_scale is not None:
+      scale = score_scale(reward_model)
+    if agreement is not None:
+      agreed = agreement(reward_model, sequences, step)
+    if gold is not None:
+      golds = gold(sequences)
+      accuracy = preference_loss.concordance(
+        scores, golds, group_size=group_size
+      )
+    return Judgement(scores, golds, accuracy, agreed, scale)
+
+  return judged
 
 
 def raw_scores(

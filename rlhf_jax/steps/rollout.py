@@ -1,4 +1,7 @@
-"""The policy writes: prefill, then a decode loop that ends when all have."""
+"""The policy writes: prefill, then a decode loop that ends when all have.
+
+What is written is read again by `teacher_forced`, all tokens at once.
+"""
 
 import dataclasses
 
@@ -156,3 +159,14 @@ def teacher_forced(
     mask=masking.attention_mask(mask.astype(jnp.int32)),
   )
   return hidden
+
+
+def response_states(
+  params: types.Params,
+  sequences: types.Sequences,
+  *,
+  model: transformer.TransformerConfig,
+) -> Float[Array, "B R D"]:
+  """The teacher-forced states that predict the response's tokens."""
+  hidden = teacher_forced(params, sequences, model=model)
+  return masking.response_states(hidden, sequences.response_tokens.shape[1])

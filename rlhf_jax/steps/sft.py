@@ -10,9 +10,8 @@ other.
 from collections.abc import Callable
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import optax
 
 from rlhf_jax import types
@@ -29,26 +28,42 @@ class SFTConfig:
   logits_per_chunk: int = 2**24
 
 
+def states(
+  params: types.Params,
+  texts: types.PackedTexts,
+  *,
+  model: transformer.TransformerConfig,
+) -> Float[Array, "B S D"]:
+  """The states that predict all tokens but a row's first (S = T − 1)."""
+  hidden, _ = transformer.apply(
+    params,
+    texts.tokens,
+    config=model,
+    positions=texts.positions,
+    mask=masking.attention_mask(texts.segments),
+  )
+  return masking.response_states(hidden, texts.tokens.shape[1] - 1)
+
+
+def predicted(texts: types.PackedTexts) -> Bool[Array, "B S"]:
+  """Where a token is predicted, from a row's second on."""
+  return texts.loss_mask[:, 1:]
+
+
 def row_logprobs(
   params: types.Params, batch: types.PackedTexts, config: SFTConfig
 ) -> tuple[Float[Array, "B"], Int[Array, "B"]]:
   """Each row's sum of log π over its predicted tokens, and their number."""
-  hidden, _ = transformer.apply(
-    params["transformer"],
-    batch.tokens,
-    config=config.model,
-    positions=batch.positions,
-    mask=masking.attention_mask(batch.segments),
-  )
-  predicted = logprobs.token_logprobs(
-    hidden[:, :-1],
-    transformer.head(params["transformer"]),
+  network = params["transformer"]
+  per_token = logprobs.token_logprobs(
+    states(network, batch, model=config.model),
+    transformer.head(network),
     batch.tokens[:, 1:],
     temperature=1.0,
     logits_per_chunk=config.logits_per_chunk,
   )
-  mask = batch.loss_mask[:, 1:]
-  return jnp.where(mask, predicted, 0.0).sum(1), mask.sum(1)
+  mask = predicted(batch)
+  return masking.per_response(per_token, mask), mask.sum(1)
 
 
 def negative_log_likelihood(
@@ -63,17 +78,13 @@ def make_step(
   config: SFTConfig, optimizer: optax.GradientTransformation
 ) -> Callable[
   [types.TrainState, types.PackedTexts],
-  tuple[types.TrainState, dict[str, Float[Array, ""]]],
+  tuple[types.TrainState, optimizer_lib.Scalars],
 ]:
   """The step, to be jitted with its state donated."""
 
-  def step(state, batch):
-    batch = jax.tree.map(transformer.shard_batch, batch)
-    loss, gradient = jax.value_and_grad(negative_log_likelihood)(
-      state.params, batch, config
-    )
-    state = optimizer_lib.descend(optimizer, state, gradient)
-    grad_norm = optax.global_norm(gradient)
-    return state, {"sft/loss": loss, "sft/grad_norm": grad_norm}
+  def loss(params, batch, beta):
+    del beta
+    nll = negative_log_likelihood(params, batch, config)
+    return nll, {"sft/loss": nll}
 
-  return step
+  return optimizer_lib.one_update_step(loss, optimizer, name="sft")

@@ -29,6 +29,7 @@ from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import logprobs as logprobs_lib
 from rlhf_jax.objective import masking
+from rlhf_jax.steps import sft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,30 +82,13 @@ def prepare(
     reference_model: The reference's architecture.
   """
   texts = jax.tree.map(transformer.shard_batch, texts)
-  mask = _predicted(texts)
+  mask = sft.predicted(texts)
   # Of the whole step, so that every token weighs the same in each minibatch.
   tokens = jnp.maximum(mask.sum(), 1) / minibatches
   hidden = None
   if mix.kind != "nll":
-    hidden = states(reference, texts, model=reference_model)
+    hidden = sft.states(reference, texts, model=reference_model)
   return Texts(texts, mask * (mix.coefficient * scale / tokens), hidden)
-
-
-def states(
-  params: types.Params,
-  texts: types.PackedTexts,
-  *,
-  model: transformer.TransformerConfig,
-) -> Float[Array, "B S D"]:
-  """The states that predict all tokens but a row's first (S = T − 1)."""
-  hidden, _ = transformer.apply(
-    params,
-    texts.tokens,
-    config=model,
-    positions=texts.positions,
-    mask=masking.attention_mask(texts.segments),
-  )
-  return masking.response_states(hidden, texts.tokens.shape[1] - 1)
 
 
 def gradient(
@@ -132,13 +116,13 @@ def gradient(
   """
 
   def forward(params):
-    hidden = states(params, texts.packed, model=model)
+    hidden = sft.states(params, texts.packed, model=model)
     return hidden, transformer.head(params)
 
   (hidden, head), pull_back = jax.vjp(forward, params)
   columns = {
     "tokens": texts.packed.tokens[:, 1:],
-    "mask": _predicted(texts.packed),
+    "mask": sft.predicted(texts.packed),
     "weights": texts.weights,
     "reference_hidden": texts.reference_hidden,
   }
@@ -169,41 +153,25 @@ def figures(
     texts: Of the whole step.
     epochs: How often it saw them.
   """
-  tokens = epochs * jnp.maximum(_predicted(texts.packed).sum(), 1)
+  tokens = epochs * jnp.maximum(sft.predicted(texts.packed).sum(), 1)
   return {f"mix/{name}": nats.sum() / tokens for name, nats in sums.items()}
-
-
-def _predicted(texts: types.PackedTexts):
-  """Where a token is predicted, from a row's second on."""
-  return texts.loss_mask[:, 1:]
 
 
 def _token_losses(
   hidden, head, columns, *, reference_head, kind, logits_per_chunk
 ):
   """The weighted sum over some columns, and plain sums."""
-  mask = columns["mask"]
-  # Before the logits, too: a gradient of 0 times NaN is NaN.
-  real_states = lambda x: jnp.where(mask[..., None], x, 0.0)
-  hidden = real_states(hidden)
+  mask, tokens = columns["mask"], columns["tokens"]
+  hidden = masking.real_states(hidden, mask)
   if kind == "nll":
     logprobs = logprobs_lib.token_logprobs(
-      hidden,
-      head,
-      columns["tokens"],
-      temperature=1.0,
-      logits_per_chunk=logits_per_chunk,
+      hidden, head, tokens, temperature=1.0, logits_per_chunk=logits_per_chunk
     )
     nats = {"nll": -logprobs}
   else:
-    comparison = logprobs_lib.statistics(
-      logprobs_lib.token_logits(hidden, head, temperature=1.0),
-      logprobs_lib.token_logits(
-        real_states(columns["reference_hidden"]),
-        reference_head,
-        temperature=1.0,
-      ),
-      columns["tokens"],
+    theirs = masking.real_states(columns["reference_hidden"], mask)
+    comparison = logprobs_lib.compare_tokens(
+      (hidden, head), (theirs, reference_head), tokens, temperature=1.0
     )
     nats = {
       "nll": -comparison.logprobs,

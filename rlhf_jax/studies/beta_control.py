@@ -7,23 +7,21 @@ is its mean over the last steps; the intervals are Student's, over seeds.
 """
 
 from collections.abc import Mapping, Sequence
+import itertools
 import math
 from typing import NamedTuple
 
-from matplotlib import axes as matplotlib_axes
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import drawing, intervals, limits, study, toy_runs
 
 CONTROLLERS = ("ziegler", "pi", "dual")
 FREE = ("schedule", "trust")  # They look at no KL.
+_KL, _BETA, _GOLD = "kl/reverse_exact", "kl/beta", "reward/gold"
+_PAIRS = "reward/pair_accuracy"
 
-# Metrics by the sweep's name, then by seed.
-Runs = Mapping[str, Sequence[toy_runs.Rows]]
+Runs = Sequence[toy_runs.Member]  # A controller's, one a seed.
 
 
 class Held(NamedTuple):
@@ -65,64 +63,43 @@ class Free(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  differ = lambda xs: len(xs) > 0 and len(set(xs)) == len(xs)
-  steps = config.training.train.steps
-  relaxed = config.training.kl.trust.beta_min
-  for wanted, holds, field in (
-    (
-      f"different ones of {', '.join(CONTROLLERS)}",
-      lambda xs: differ(xs) and set(xs) <= {*CONTROLLERS},
-      "controllers",
-    ),
-    (
-      "different numbers above 0",
-      lambda xs: differ(xs) and all(0 < x < math.inf for x in xs),
-      "targets",
-    ),
-    (f"2 to training.train.steps={steps}", lambda x: 2 <= x <= steps, "last"),
-    ("in (0, 1)", lambda x: 0 < x < 1, "tolerance"),
-    ("2 to 20", lambda x: 2 <= x <= 20, "seeds"),
-    (
-      f"above training.kl.trust.beta_min={relaxed}",
-      lambda x: relaxed < x < math.inf,
-      "conservative_beta",
-    ),
-  ):
-    study.require(config, wanted, holds, field)
-  fixed = {"sweep.seeds": (), "kl.controller": "fixed", "kl.target": 0.0}
+  """Refuses fields that make no sense."""
+  training = config.training
+  steps, relaxed = training.train.steps, training.kl.trust.beta_min
+  differ = lambda xs: limits.is_rising(sorted(xs), above=0, below=math.inf)
+  limits.check(
+    config,
+    {
+      "controllers": limits.some_of(CONTROLLERS),
+      "targets": limits.Limit("different numbers above 0", differ),
+      "last": limits.between(2, steps, f"training.train.steps={steps}"),
+      "tolerance": limits.inside(0, 1),
+      "seeds": limits.SEEDS,
+      "conservative_beta": limits.Limit(
+        f"above training.kl.trust.beta_min={relaxed}",
+        lambda x: relaxed < x < math.inf,
+      ),
+    },
+  )
+  fixed = toy_runs.SWEPT | {"kl.target": 0.0}
   toy_runs.check(config, _sweeps(config), fixed)
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does a sweep over seeds of each controller and target."""
-  begun = toy_runs.start(config.training, workdir, console)
-  runs = {}
-  for name, sweep in _sweeps(config).items():
-    members = toy_runs.swept(name, sweep, begun, workdir, console)
-    runs[name] = [member.rows for member in members]
+  config, begun = lab.config, toy_runs.start(lab)
+  runs = {
+    name: toy_runs.swept(lab, name, sweep, begun)
+    for name, sweep in _sweeps(config).items()
+  }
+  last, tolerance = config.last, config.tolerance
   held = [
-    of_target(
-      controller,
-      target,
-      runs[_name(controller, target)],
-      last=config.last,
-      tolerance=config.tolerance,
-    )
-    for controller in config.controllers
-    for target in config.targets
+    of_target(*of, runs[name], last=last, tolerance=tolerance)
+    for name, of in _names(config).items()
   ]
-  free = [of_free(name, runs[name], last=config.last) for name in FREE]
+  free = [of_free(name, runs[name], last=last) for name in FREE]
   return study.Outcome(
-    verdict=verdict(held, tolerance=config.tolerance),
+    verdict=verdict(held, tolerance=tolerance),
     paragraph=_paragraph(held, free, config),
     tables=_tables(config, held, free, runs, begun.gold),
     figure=_draw(config, runs),
@@ -130,43 +107,41 @@ def run(
 
 
 def of_target(
-  controller: str,
-  target: float,
-  runs: Sequence[toy_runs.Rows],
-  *,
-  last: int,
-  tolerance: float,
+  controller: str, target: float, runs: Runs, *, last: int, tolerance: float
 ) -> Held:
   """What the metrics of a controller's runs say of it."""
-  nats = _ends(runs, "kl/reverse_exact", last)
-  settled = [_settled(rows, target, last, tolerance) for rows in runs]
+  nats = toy_runs.ends(runs, _KL, last=last)
+  means = toy_runs.trailing_mean(toy_runs.curves(runs, _KL), last)
+  outside = ~(abs(means / target - 1) <= tolerance)
+  # The step after the last one outside; the first means are NaN, and so there.
+  settled = outside.shape[1] - outside[:, ::-1].argmax(axis=1).astype(float)
+  settled[outside[:, -1]] = math.inf
   return Held(
     controller,
     target,
-    float(nats.mean()),
+    nats.mean(),
     *intervals.of_mean(nats / target - 1),
-    settled=float(np.median(settled)),
-    beta=float(_ends(runs, "kl/beta", last).mean()),
-    gold=float(_ends(runs, "reward/gold", last).mean()),
+    settled=np.median(settled),
+    beta=toy_runs.ends(runs, _BETA, last=last).mean(),
+    gold=toy_runs.ends(runs, _GOLD, last=last).mean(),
   )
 
 
-def of_free(
-  controller: str, runs: Sequence[toy_runs.Rows], *, last: int
-) -> Free:
+def of_free(controller: str, runs: Runs, *, last: int) -> Free:
   """What the metrics of a controller without a target say of it."""
-  mean = lambda name, steps: float(_columns(runs, name)[:, steps].mean())
-  first, end = slice(None, last), slice(-last, None)
+  betas, nats, pairs = (
+    toy_runs.curves(runs, name) for name in (_BETA, _KL, _PAIRS)
+  )
   return Free(
     controller=controller,
-    beta_first=mean("kl/beta", 0),
-    beta_lowest=float(_columns(runs, "kl/beta").min(axis=1).mean()),
-    beta=mean("kl/beta", end),
-    kl_first=mean("kl/reverse_exact", first),
-    kl=intervals.of_mean(_ends(runs, "kl/reverse_exact", last)),
-    pairs_first=mean("reward/pair_accuracy", first),
-    pairs=mean("reward/pair_accuracy", end),
-    gold=intervals.of_mean(_ends(runs, "reward/gold", last)),
+    beta_first=betas[:, 0].mean(),
+    beta_lowest=betas.min(axis=1).mean(),
+    beta=betas[:, -last:].mean(),
+    kl_first=nats[:, :last].mean(),
+    kl=intervals.of_mean(nats[:, -last:].mean(axis=1)),
+    pairs_first=pairs[:, :last].mean(),
+    pairs=pairs[:, -last:].mean(),
+    gold=intervals.of_mean(toy_runs.ends(runs, _GOLD, last=last)),
   )
 
 
@@ -175,61 +150,11 @@ def verdict(held: list[Held], *, tolerance: float) -> str:
 
   It may be so for all controllers, for some, or for none.
   """
-  names = dict.fromkeys(row.controller for row in held)
-  within = {
-    name: all(
-      _reach(row) <= tolerance for row in held if row.controller == name
-    )
-    for name in names
-  }
+  within = {}
+  for row in held:
+    near = _reach(row) <= tolerance
+    within[row.controller] = within.get(row.controller, True) and near
   return study.verdict(within, "the controller is")
-
-
-def _sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
-  """The sweeps by name."""
-  fields = {
-    _name(controller, target): {
-      "kl.controller": controller,
-      "kl.target": target,
-    }
-    for controller in config.controllers
-    for target in config.targets
-  }
-  for name in FREE:
-    fields[name] = {"kl.controller": name, "kl.beta": config.conservative_beta}
-  seeds = {"sweep.seeds": tuple(_seeds(config))}
-  return {
-    name: toy_runs.varied(config.training, own | seeds)
-    for name, own in fields.items()
-  }
-
-
-def _seeds(config: ConfigDict) -> range:
-  return range(config.seed, config.seed + config.seeds)
-
-
-def _name(controller: str, target: float) -> str:
-  return f"{controller}-{target:g}"
-
-
-def _columns(runs: Sequence[toy_runs.Rows], name: str) -> np.ndarray:
-  """A figure, `[seed, step]`."""
-  return np.array([toy_runs.column(rows, name) for rows in runs])
-
-
-def _ends(runs: Sequence[toy_runs.Rows], name: str, last: int) -> np.ndarray:
-  """A figure's mean over the last steps, by seed."""
-  return _columns(runs, name)[:, -last:].mean(axis=1)
-
-
-def _settled(
-  rows: toy_runs.Rows, target: float, last: int, tolerance: float
-) -> float:
-  nats = toy_runs.column(rows, "kl/reverse_exact")
-  means = toy_runs.trailing_mean(nats, last)
-  outside = np.flatnonzero(~(abs(means / target - 1) <= tolerance))
-  settled = int(outside[-1]) + 1
-  return settled if settled < len(rows) else math.inf
 
 
 def _reach(row: Held) -> float:
@@ -237,23 +162,42 @@ def _reach(row: Held) -> float:
   return max(-row.low, row.high)
 
 
+def _sweeps(config: ConfigDict) -> dict[str, ConfigDict]:
+  """The sweeps by name."""
+  sweep = lambda **fields: toy_runs.sweep(config, (), **fields)
+  first = config.conservative_beta
+  return {
+    name: sweep(kl__controller=controller, kl__target=target)
+    for name, (controller, target) in _names(config).items()
+  } | {name: sweep(kl__controller=name, kl__beta=first) for name in FREE}
+
+
+def _names(config: ConfigDict) -> dict[str, tuple[str, float]]:
+  """Each controller and target by their sweep's name."""
+  pairs = itertools.product(config.controllers, config.targets)
+  return {f"{name}-{target:g}": (name, target) for name, target in pairs}
+
+
 def _tables(
   config: ConfigDict,
   held: list[Held],
   free: list[Free],
-  runs: Runs,
+  runs: Mapping[str, Runs],
   start: float,
 ) -> dict[str, study.Table]:
   steps, last = config.training.train.steps, config.last
+  ends = {
+    (run,): [toy_runs.ends(of, x, last=last) for x in (_KL, _BETA, _GOLD)]
+    for run, of in runs.items()
+  }
   return {
-    "held": study.Table(
+    "held": study.table_of(
       f"Means over {config.seeds} seeds and the last {last} of {steps} steps:"
       " KL(π‖π_ref), nats per response; off: KL / target − 1, with its 95 %"
       f" interval over seeds; β; gold reward (the SFT policy's: {start:.2f})."
       " settled: the first step that, as all later ones, has a mean of"
       f" {last} steps within {config.tolerance:.0%}, median over seeds; –: half"
       " of them never do",
-      Held._fields,
       held,
     ),
     "free": study.Table(
@@ -270,20 +214,11 @@ def _tables(
         for row in free
       ],
     ),
-    "runs": study.Table(
+    "runs": toy_runs.every_run(
+      config,
       f"Every run: means over the last {last} steps",
       ("run", "seed", "kl", "beta", "gold"),
-      [
-        (name, seed, *map(float, figures))
-        for name, of in runs.items()
-        for seed, *figures in zip(
-          _seeds(config),
-          _ends(of, "kl/reverse_exact", last),
-          _ends(of, "kl/beta", last),
-          _ends(of, "reward/gold", last),
-        )
-      ],
-      shown=False,
+      ends,
     ),
   }
 
@@ -291,21 +226,20 @@ def _tables(
 def _paragraph(held: list[Held], free: list[Free], config: ConfigDict) -> str:
   within = [row for row in held if _reach(row) <= config.tolerance]
   worst = max(held, key=_reach)
+  off = intervals.Interval(worst.off, worst.low, worst.high)
   text = (
     f"In {len(within)} of {len(held)} pairs of controller and target the KL at"
     f" the end is within {config.tolerance:.0%} of the target, with all of its"
     f" interval over {config.seeds} seeds; the farthest, {worst.controller} at"
-    f" {worst.target:g} nats, is off by {worst.off:+.0%} ({worst.low:+.0%} to"
-    f" {worst.high:+.0%})."
+    f" {worst.target:g} nats, is off by {off:+.0%}."
   )
   settled = []
   for name in config.controllers:
     steps = [row.settled for row in held if row.controller == name]
     known = [step for step in steps if math.isfinite(step)]
-    late = f"by step {max(known):.0f}" if known else ""
+    settled.append(name + (f" by step {max(known):.0f}" if known else ""))
     if len(known) < len(steps):
-      late += f" at {len(known)} of {len(steps)} targets"
-    settled.append(f"{name} {late.strip()}")
+      settled[-1] += f" at {len(known)} of {len(steps)} targets"
   text += f" The median seed settles: {'; '.join(settled)}."
   for row in free:
     text += (
@@ -318,76 +252,49 @@ def _paragraph(held: list[Held], free: list[Free], config: ConfigDict) -> str:
   return text
 
 
-def _draw(config: ConfigDict, runs: Runs) -> matplotlib_figure.Figure:
-  """A row of panels a controller: the KL on the left, β on the right.
-
-  A thin line is a seed, a thick one their mean.
-  """
+def _draw(config: ConfigDict, runs: Mapping[str, Runs]) -> drawing.Figure:
+  """A row of panels a controller: the KL on the left, β on the right."""
   count = len(config.controllers) + 1
-  figure = matplotlib_figure.Figure(
-    figsize=(10, 2.2 * count + 0.4), layout="constrained"
+  figure, axes = drawing.panels(
+    (10, 2.2 * count + 0.4), 2, rows=count, sharex=True
   )
-  axes = figure.subplots(count, 2, sharex=True, squeeze=False)
-  for (left, right), name in zip(axes, config.controllers):
-    for i, target in enumerate(config.targets):
-      of, colour = runs[_name(name, target)], f"C{i}"
-      span = target * config.tolerance
-      left.axhspan(
-        target - span, target + span, color=colour, alpha=0.15, linewidth=0
-      )
-      _lines(left, of, "kl/reverse_exact", colour, f"target {target:g}")
-      _lines(right, of, "kl/beta", colour, f"target {target:g}")
-    left.set_ylim(0, 1.7 * max(config.targets))
-    left.set_title(name, fontsize=10, loc="left", fontweight="bold")
-  left, right = axes[-1]
+  lefts, rights = axes[::2], axes[1::2]
+  colours = [f"C{i}" for i in range(len(config.targets))]
+
+  def draw(row, name, colour, label):
+    for axis, figure in ((lefts[row], _KL), (rights[row], _BETA)):
+      curves = toy_runs.curves(runs[name], figure)
+      axis.plot(curves.T, color=colour, linewidth=0.5, alpha=0.6)
+      axis.plot(curves.mean(axis=0), color=colour, linewidth=1.4, label=label)
+
+  for row, name in enumerate(config.controllers):
+    for target, colour in zip(config.targets, colours):
+      ends = target * (1 - config.tolerance), target * (1 + config.tolerance)
+      lefts[row].axhspan(*ends, color=colour, alpha=0.15, linewidth=0)
+      draw(row, f"{name}-{target:g}", colour, f"target {target:g}")
+    lefts[row].set_ylim(0, 1.7 * max(config.targets))
   for name, colour in zip(FREE, ("tab:purple", "tab:brown")):
-    _lines(left, runs[name], "kl/reverse_exact", colour, name)
-    _lines(right, runs[name], "kl/beta", colour, name)
-  left.set_ylim(bottom=0)
-  left.set_title(" and ".join(FREE), fontsize=10, loc="left", fontweight="bold")
-  _pairs(right.twinx(), runs["trust"], config.last)
-  for left, right in axes:
-    left.set_ylabel("nats per response")
-    right.set_ylabel("β")
-    right.set_yscale("log")
-    right.set_ylim(1e-3, 2 * config.conservative_beta)
-    right.yaxis.set_major_formatter("{x:g}")
-    left.spines[["top", "right"]].set_visible(False)
-    right.spines[["top", "right"]].set_visible(False)
-  for axis, place in ((axes[0, 1], "upper right"), (left, "lower right")):
-    axis.legend(frameon=False, fontsize=9, ncols=3, loc=place)
-  for axis, title in zip(
-    axes[0],
-    (
-      f"KL(π‖π_ref), targets ± {config.tolerance:.0%}",
-      "β; thin: a seed, thick: their mean",
-    ),
-  ):
-    axis.set_title(title, fontsize=10)
-  for axis in axes[-1]:
+    draw(-1, name, colour, name)
+  lefts[-1].set_ylim(bottom=0)
+  # What `trust` looks at, the mean of seeds, on an axis of its own.
+  pairs = toy_runs.curves(runs["trust"], _PAIRS).mean(axis=0)
+  beside, mean = rights[-1].twinx(), toy_runs.trailing_mean(pairs, config.last)
+  beside.plot(mean, color=drawing.GREY, linewidth=1.2, linestyle="--")
+  beside.set_ylim(0.4, 0.9)
+  beside.set_ylabel("pairs in order (dashed)", color="0.5")
+  beside.spines["top"].set_visible(False)
+  for axis, name in zip(lefts, (*config.controllers, " and ".join(FREE))):
+    axis.set_title(name, fontsize=10, loc="left", fontweight="bold")
+    axis.set_ylabel("nats per response")
+  most = 2 * config.conservative_beta
+  for axis in rights:
+    axis.set(ylabel="β", yscale="log", ylim=(1e-3, most))
+    axis.yaxis.set_major_formatter("{x:g}")
+  rights[0].legend(frameon=False, fontsize=9, ncols=3, loc="upper right")
+  lefts[-1].legend(frameon=False, fontsize=9, ncols=3, loc="lower right")
+  title = f"KL(π‖π_ref), targets ± {config.tolerance:.0%}"
+  lefts[0].set_title(title, fontsize=10)
+  rights[0].set_title("β; thin: a seed, thick: their mean", fontsize=10)
+  for axis in (lefts[-1], rights[-1]):
     axis.set_xlabel("step")
   return figure
-
-
-def _pairs(
-  axis: matplotlib_axes.Axes, runs: Sequence[toy_runs.Rows], window: int
-) -> None:
-  """What `trust` looks at, the mean of seeds, on an axis of its own."""
-  pairs = _columns(runs, "reward/pair_accuracy").mean(axis=0)
-  mean = toy_runs.trailing_mean(pairs, window)
-  axis.plot(mean, color="0.6", linewidth=1.2, linestyle="--")
-  axis.set_ylim(0.4, 0.9)
-  axis.set_ylabel("pairs in order (dashed)", color="0.5")
-  axis.spines["top"].set_visible(False)
-
-
-def _lines(
-  axis: matplotlib_axes.Axes,
-  runs: Sequence[toy_runs.Rows],
-  name: str,
-  colour: str,
-  label: str,
-) -> None:
-  values = _columns(runs, name)
-  axis.plot(values.T, color=colour, linewidth=0.5, alpha=0.6)
-  axis.plot(values.mean(axis=0), color=colour, linewidth=1.4, label=label)

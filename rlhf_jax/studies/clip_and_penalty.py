@@ -18,7 +18,6 @@ their ratio, the difference of their logarithms.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -217,15 +216,8 @@ def _tables(
       " 95 % interval",
       rows,
     ),
-    "runs": study.Table(
-      "Every run",
-      ("clip", "penalty", "seed", *Runs._fields),
-      [
-        (*arm, seed, *figures)
-        for arm, runs in arms.items()
-        for seed, *figures in zip(toy_runs.seeds(config), *runs)
-      ],
-      shown=False,
+    "runs": toy_runs.every_run(
+      config, "Every run", ("clip", "penalty", "seed", *Runs._fields), arms
     ),
   }
 
@@ -281,7 +273,7 @@ def _paragraph(config: ConfigDict, arms: Arms, rows: list[Difference]) -> str:
   )
 
 
-def _draw(arms: Arms, start: float) -> matplotlib_figure.Figure:
+def _draw(arms: Arms, start: float) -> drawing.Figure:
   """Step and distance of every arm; gold by clip range."""
   figure, (left, right) = drawing.panels((11, 4.4), 2)
   clips = list(dict.fromkeys(clip for clip, _ in arms))

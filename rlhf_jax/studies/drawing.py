@@ -19,20 +19,22 @@ ORANGE, SKY, GREEN, YELLOW = "#D55E00", "#56B4E9", "#009E73", "#E69F00"
 BLUE, PINK, BLACK, GREY = "#0072B2", "#CC79A7", "#000000", "0.6"
 
 Axes = matplotlib_axes.Axes
+Figure = matplotlib_figure.Figure
 
 
 def panels(
-  size: tuple[float, float], columns: int, **grid: Any
-) -> tuple[matplotlib_figure.Figure, list[Axes]]:
-  """A figure and its panels in a row, without the box's upper right half.
+  size: tuple[float, float], columns: int, *, rows: int = 1, **grid: Any
+) -> tuple[Figure, list[Axes]]:
+  """A figure and its panels, row by row, without the box's upper right half.
 
   Args:
     size: Inches.
-    columns: Panels.
+    columns: Panels of a row.
+    rows: As many.
     **grid: As `Figure.subplots` takes it.
   """
   figure = matplotlib_figure.Figure(figsize=size, layout="constrained")
-  axes = figure.subplots(1, columns, squeeze=False, **grid).ravel().tolist()
+  axes = [*figure.subplots(rows, columns, squeeze=False, **grid).flat]
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
   return figure, axes
@@ -45,7 +47,7 @@ def say(axis: Axes, title: str, x: str, y: str = "", size: int = 10) -> None:
   axis.set_ylabel(y)
 
 
-def legend(figure: matplotlib_figure.Figure, axis: Axes, columns: int) -> None:
+def legend(figure: Figure, axis: Axes, columns: int) -> None:
   """One legend for all panels, below them."""
   figure.legend(
     *axis.get_legend_handles_labels(),
@@ -68,11 +70,11 @@ def curves(
   axis: Axes, values: np.ndarray, *, colour: Any, label: str, window: int = 1
 ) -> None:
   """A thin line a run, `[run, step]`, and a thick one of their mean."""
-  smooth = [toy_runs.trailing_mean(row, window) for row in values]
+  smooth = toy_runs.trailing_mean(values, window)
   steps = np.arange(1, values.shape[1] + 1)
   for row in smooth:
     axis.plot(steps, row, color=colour, linewidth=0.6, alpha=0.6)
-  mean = np.mean(smooth, axis=0)
+  mean = smooth.mean(axis=0)
   axis.plot(steps, mean, color=colour, linewidth=2.2, label=label)
 
 
@@ -80,24 +82,26 @@ def cloud(
   axis: Axes, x: np.ndarray, y: np.ndarray, *, label: str = "", **style: Any
 ) -> None:
   """A small mark a seed, and a large one at their means."""
-  quiet = {"linestyle": ""} | style
+  quiet: dict[str, Any] = {"linestyle": ""} | style
   axis.plot(x, y, markersize=3, alpha=0.5, **quiet)
   axis.plot(x.mean(), y.mean(), markersize=8, label=label, **quiet)
 
 
 def bars(
   axis: Axes,
-  places: Sequence[float],
+  places: Sequence[float] | np.ndarray,
   found: Sequence[intervals.Interval],
   **style: Any,
 ) -> None:
   """Upright intervals at the places, with a mark at each mean."""
   means = [interval.mean for interval in found]
+  # A bootstrap's ends may be on one side of what was seen.
   ends = (
-    [interval.mean - interval.low for interval in found],
-    [interval.high - interval.mean for interval in found],
+    [max(interval.mean - interval.low, 0) for interval in found],
+    [max(interval.high - interval.mean, 0) for interval in found],
   )
-  axis.errorbar(places, means, ends, capsize=3, **{"linestyle": ""} | style)
+  quiet: dict[str, Any] = {"linestyle": ""} | style
+  axis.errorbar(places, means, ends, capsize=3, **quiet)
 
 
 def lying(

@@ -13,24 +13,23 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from rlhf_jax import types
 from rlhf_jax.data import sampling
 from rlhf_jax.measures import evaluation
 from rlhf_jax.settings import roles
 from rlhf_jax.steps import evaluate as evaluate_lib
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.studies import toy_runs
+from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text import toy_language
 
 
 class Responses(NamedTuple):
   """What a policy's responses are worth; arrays have one figure a response.
 
-  Attributes:
-    score: Of the reward model, reward units.
-    gold: The true reward, reward units.
-    kl: KL(π‖π_ref), nats per response.
-    faults: Ungrammatical pairs.
-    nll: −log π_ref, nats per token.
+  `score`, of the reward model, and `gold`, the true reward, in reward units;
+  KL(π‖π_ref), nats per response; `faults`, ungrammatical pairs; −log π_ref,
+  nats per token.
   """
 
   score: np.ndarray
@@ -61,15 +60,33 @@ def measure(
   measured = []
   for path, seed in policies:
     policy = pretrained_lib.load(str(path), config)
-    texts = toy_language.of(config).sample_prompts(
-      evaluation.HELD_OUT + seed, prompts, config.data.opening
-    )
-    asked, _ = sampling.prompts_array(texts, config, policy, "held out")
-    found = evaluation.evaluate(
-      config, policy, reference, reward, asked, seed=seed
+    found = answers(
+      config, policy, reference, reward, seed=seed, prompts=prompts
     )
     measured.append(_responses(found, toy_language.of(config)))
   return measured
+
+
+def answers(
+  config: ConfigDict,
+  policy: pretrained_lib.Pretrained,
+  reference: pretrained_lib.Pretrained,
+  reward: roles.Reward,
+  *,
+  seed: int,
+  prompts: int,
+) -> evaluate_lib.Evaluation:
+  """One answer of a policy to each of so many prompts of the language.
+
+  The prompts have the config's opening; the seed is theirs and the responses'.
+  """
+  texts = toy_language.of(config).sample_prompts(
+    evaluation.HELD_OUT + seed, prompts, config.data.opening
+  )
+  asked, _ = sampling.prompts_array(texts, config, policy, "held out")
+  return evaluation.evaluate(
+    config, policy, reference, reward, asked, seed=seed
+  )
 
 
 def _responses(
@@ -78,10 +95,19 @@ def _responses(
   sequences = found.rollout.sequences
   float64 = lambda x: np.asarray(x, np.float64)
   nll = float64(found.reference_nll) / float64(sequences.response_lengths)
+  faults = jax.jit(language.ungrammatical_pairs)(sequences)
   return Responses(
-    score=float64(found.score),
-    gold=float64(found.gold),
-    kl=float64(found.reverse_exact),
-    faults=float64(jax.jit(language.ungrammatical_pairs)(sequences)),
-    nll=nll,
+    *map(float64, (found.score, found.gold, found.reverse_exact, faults, nll))
+  )
+
+
+def text(
+  policy: pretrained_lib.Pretrained, sequences: types.Sequences, row: int
+) -> str:
+  """A prompt, and after `|` what was answered."""
+  prompt, size = sequences.prompt_tokens[row], sequences.prompt_lengths[row]
+  response = sequences.response_tokens[row, : sequences.response_lengths[row]]
+  return " | ".join(
+    tokenizer_lib.decode(policy.tokenizer, ids.tolist())
+    for ids in (prompt[len(prompt) - size :], response)
   )

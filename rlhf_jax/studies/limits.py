@@ -90,6 +90,6 @@ RISING_FROM_0 = Limit(
 )
 
 
-def equal(value: Any) -> Limit:
-  """That value: the study sets the field itself."""
-  return Limit(f"{value!r}: the study sets it itself", lambda x: x == value)
+def equal(value: Any, why: str = "the study sets it itself") -> Limit:
+  """That value, and no choice of the user's."""
+  return Limit(f"{value!r}: {why}", lambda x: x == value)

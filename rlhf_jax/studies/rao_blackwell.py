@@ -13,166 +13,147 @@ what else the machine does. The two runs of a pair follow each other, in turn
 the one and the other first.
 """
 
+from collections.abc import Sequence
 import math
 from typing import NamedTuple
 
-from matplotlib import axes as matplotlib_axes
-from matplotlib import figure as matplotlib_figure
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
-from rlhf_jax.storage import workdir as workdir_lib
-from rlhf_jax.studies import intervals, study, toy_runs
+from rlhf_jax.studies import drawing, intervals, limits, study, toy_runs
 
 ESTIMATORS = ("sampled", "rao_blackwellised")
-_LABELS, _COLOURS = ("sampled", "Rao-Blackwellised"), ("tab:orange", "tab:blue")
+STYLES = (("sampled", "tab:orange"), ("Rao-Blackwellised", "tab:blue"))
+COLUMNS = ("figure", "sampled", "rao_bl", "difference", "low", "high")
 
 
 class Pairs(NamedTuple):
   """A figure of both kinds of run: means over seeds, and what differs.
 
-  `difference` is the mean of Rao-Blackwellised − sampled over the pairs, `low`
-  and `high` are the ends of its 95 % interval.
+  The difference is Rao-Blackwellised − sampled, pair by pair.
   """
 
   figure: str
   sampled: float
   rao_bl: float
-  difference: float
-  low: float
-  high: float
+  difference: intervals.Interval
+
+  def row(self) -> tuple[study.Cell, ...]:
+    """In a table, under `COLUMNS`."""
+    return *self[:3], *self.difference
 
 
-class Run(NamedTuple):
-  """One run's gold reward and, over its last steps, the rest."""
+class Runs(NamedTuple):
+  """All seeds' gold reward `[seed, step]`; over each one's last steps the rest.
+
+  KL in nats per response; of seconds per step the median of all.
+  """
 
   golds: np.ndarray
-  gold: float
-  kl: float
-  step_s: float
+  gold: np.ndarray
+  kl: np.ndarray
+  step_s: np.ndarray
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that make no sense.
-
-  Raises:
-    UserError: With the field, its value and what is wanted.
-  """
-  steps = config.training.train.steps
-  span = f"1 to training.train.steps={steps}"
-  for wanted, holds, fields in (
-    ("at least 2", lambda x: x >= 2, "seeds"),
-    (
-      "rising numbers in (0, 1]",
-      lambda xs: (
-        len(xs) > 0 and list(xs) == sorted({*xs}) and 0 < xs[0] <= xs[-1] <= 1
-      ),
-      "gains",
-    ),
-    (span, lambda x: 1 <= x <= steps, "last window"),
-  ):
-    study.require(config, wanted, holds, *fields.split())
+  """Refuses fields that make no sense."""
+  rising = lambda xs: limits.is_rising(xs, above=0) and xs[-1] <= 1
+  limits.check(
+    config,
+    {
+      "seeds": limits.at_least(2),
+      "gains": limits.Limit("rising numbers in (0, 1]", rising),
+      "last window": limits.steps_of(config),
+    },
+  )
   toy_runs.check(config, _runs(config), {"kl.estimator": "sampled"})
 
 
-def run(
-  config: ConfigDict,
-  workdir: workdir_lib.Workdir,
-  console: rich_console.Console,
-) -> study.Outcome:
+def run(lab: study.Lab) -> study.Outcome:
   """Does the runs, each in a sub-workdir."""
-  start, metrics = toy_runs.run(
-    config.training, _runs(config), workdir, console
-  )
-  sampled, rao_bl = (
-    [
-      of_run(metrics[_name(estimator, seed)], last=config.last)
-      for seed in _seeds(config)
-    ]
-    for estimator in ESTIMATORS
-  )
-  times = [
-    times_to(threshold, sampled, rao_bl, window=config.window)
-    for threshold in thresholds(start, sampled, config.gains)
+  config, seeds = lab.config, toy_runs.seeds(lab.config)
+  begun = toy_runs.start(lab)
+  start, found = begun.gold, toy_runs.run(lab, _runs(config), begun)
+  sampled, rao_bl = both = [
+    of_runs([found[f"{name}-{seed}"] for seed in seeds], last=config.last)
+    for name in ESTIMATORS
   ]
+  golds = thresholds(start, sampled, config.gains)
+  times = [times_to(gold, *both, window=config.window) for gold in golds]
   to_gains = [
     compare(f"iterations to {gain:.0%} of the gain", *pair)
     for gain, pair in zip(config.gains, times)
   ]
   at_end = [
-    compare(name, [of(run) for run in sampled], [of(run) for run in rao_bl])
-    for name, of in (
-      ("gold reward at the end", lambda run: run.gold),
-      ("KL at the end, nats per response", lambda run: run.kl),
-      ("seconds per step", lambda run: run.step_s),
-    )
+    compare("gold reward at the end", sampled.gold, rao_bl.gold),
+    compare("KL at the end, nats per response", sampled.kl, rao_bl.kl),
+    compare("seconds per step", sampled.step_s, rao_bl.step_s),
   ]
-  gain = intervals.of_mean([run.gold - start for run in sampled])
-  tables = {
-    "pairs": study.Table(
-      f"Means over {config.seeds} seeds, the mean difference of pairs and its"
-      f" 95 % interval; the end: the last {config.last} of"
-      f" {config.training.train.steps} steps; the SFT policy's gold:"
-      f" {start:.2f}; the sampled runs' gain: {gain}",
-      Pairs._fields,
-      [*to_gains, *at_end],
-    ),
-    "runs": _runs_table(config, sampled, rao_bl, times),
-  }
+  gain = intervals.of_mean(sampled.gold - start)
   return study.Outcome(
     verdict=verdict(config.gains, to_gains, gain, tolerance=config.window),
     paragraph=_paragraph(config, to_gains, at_end, gain),
-    tables=tables,
-    figure=_draw(config, start, sampled, rao_bl, times, to_gains),
+    tables={
+      "pairs": study.Table(
+        f"Means over {config.seeds} seeds, the mean difference of pairs and its"
+        f" 95 % interval; the end: the last {config.last} of"
+        f" {config.training.train.steps} steps; the SFT policy's gold:"
+        f" {start:.2f}; the sampled runs' gain: {gain}",
+        COLUMNS,
+        [pairs.row() for pairs in (*to_gains, *at_end)],
+      ),
+      "runs": _runs_table(config, both, times),
+    },
+    figure=_draw(config, golds, both, times, to_gains),
   )
 
 
-def of_run(rows: toy_runs.Rows, *, last: int) -> Run:
-  """What a run's metrics say; the time of a step is their median."""
-  golds = toy_runs.column(rows, "reward/gold")
-  return Run(
-    golds=golds,
-    gold=float(golds[-last:].mean()),
-    kl=float(toy_runs.column(rows, "kl/reverse_exact")[-last:].mean()),
-    step_s=float(np.median(toy_runs.column(rows, "time/step_s"))),
+def of_runs(
+  members: Sequence[toy_runs.Member], *, last: int, gold: str = "reward/gold"
+) -> Runs:
+  """What the seeds' metrics say; `gold` is what stands for it."""
+  return Runs(
+    toy_runs.curves(members, gold),
+    toy_runs.ends(members, gold, last=last),
+    toy_runs.ends(members, "kl/reverse_exact", last=last),
+    np.median(toy_runs.curves(members, "time/step_s"), axis=1),
   )
 
 
 def thresholds(
-  start: float, sampled: list[Run], gains: tuple[float, ...]
+  start: float, sampled: Runs, gains: tuple[float, ...]
 ) -> list[float]:
   """The gold rewards at shares of what the sampled runs gain in the mean."""
-  gain = float(np.mean([run.gold for run in sampled])) - start
+  gain = float(sampled.gold.mean()) - start
   return [start + share * gain for share in gains]
 
 
 def times_to(
-  threshold: float, sampled: list[Run], rao_bl: list[Run], *, window: int
-) -> tuple[list[float], list[float]]:
+  threshold: float, sampled: Runs, rao_bl: Runs, *, window: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Iterations until a trailing mean of gold is at the threshold.
 
   A run that is never there counts against the claim: as all its steps if it
   is a sampled one, else as infinitely many.
   """
 
-  def time(run, never):
-    there = toy_runs.trailing_mean(run.golds, window) >= threshold
-    return float(np.argmax(there) + 1) if there.any() else never
+  def times(runs, never):
+    there = toy_runs.trailing_mean(runs.golds, window) >= threshold
+    return np.where(there.any(axis=1), there.argmax(axis=1) + 1.0, never)
 
-  return (
-    [time(run, float(len(run.golds))) for run in sampled],
-    [time(run, math.inf) for run in rao_bl],
-  )
+  return times(sampled, sampled.golds.shape[1]), times(rao_bl, math.inf)
 
 
-def compare(name: str, sampled: list[float], rao_bl: list[float]) -> Pairs:
+def compare(
+  name: str, sampled: intervals.Values, rao_bl: intervals.Values
+) -> Pairs:
   """A figure of all pairs."""
   difference = intervals.Interval(math.inf, math.inf, math.inf)
-  if all(map(math.isfinite, rao_bl)):
+  if np.isfinite(rao_bl).all():
     difference = intervals.of_difference(rao_bl, sampled)
-  means = float(np.mean(sampled)), float(np.mean(rao_bl))
-  return Pairs(name, *means, *difference)
+  return Pairs(
+    name, float(np.mean(sampled)), float(np.mean(rao_bl)), difference
+  )
 
 
 def verdict(
@@ -189,50 +170,36 @@ def verdict(
   so for all thresholds, for some, or for none.
   """
   enough = {
-    f"{share:.0%}": gain.low > 0 and row.low <= 0 and row.high <= tolerance
-    for share, row in zip(gains, to_gains)
+    f"{share:.0%}": gain.low > 0 >= added.low and added.high <= tolerance
+    for share, (*_, added) in zip(gains, to_gains)
   }
   return study.verdict(enough, "the gold to reach, as a share of the gain, is")
-
-
-def _seeds(config: ConfigDict) -> range:
-  return range(config.seed, config.seed + config.seeds)
 
 
 def _runs(config: ConfigDict) -> dict[str, ConfigDict]:
   """The runs by name, in the order in which they are done."""
   return {
-    _name(estimator, seed): toy_runs.varied(
+    f"{estimator}-{seed}": toy_runs.varied(
       config.training, {"seed": seed, "kl.estimator": estimator}
     )
-    for place, seed in enumerate(_seeds(config))
+    for place, seed in enumerate(toy_runs.seeds(config))
     for estimator in ESTIMATORS[:: 1 if place % 2 == 0 else -1]
   }
 
 
-def _name(estimator: str, seed: int) -> str:
-  return f"{estimator}-{seed}"
-
-
-def _runs_table(config, sampled, rao_bl, times) -> study.Table:
+def _runs_table(config: ConfigDict, both: list[Runs], times) -> study.Table:
   """Every run's figures, for who wants another statistic."""
   names = [f"to_{gain:.0%}" for gain in config.gains]
-  rows = [
-    (
-      estimator,
-      seed,
-      *(pair[arm][i] for pair in times),
-      *(run.gold, run.kl, run.step_s),
-    )
-    for arm, (estimator, runs) in enumerate(zip(ESTIMATORS, (sampled, rao_bl)))
-    for i, (seed, run) in enumerate(zip(_seeds(config), runs))
-  ]
-  return study.Table(
+  arms = {
+    (estimator,): (*reached, *runs[1:])
+    for estimator, reached, runs in zip(ESTIMATORS, zip(*times), both)
+  }
+  return toy_runs.every_run(
+    config,
     "Every run: iterations to shares of the gain; gold reward and KL at the"
     " end; seconds per step",
-    ("estimator", "seed", *names, "gold", "kl", "step_s"),
-    rows,
-    shown=False,
+    ("estimator", "seed", *names, *Runs._fields[1:]),
+    arms,
   )
 
 
@@ -243,7 +210,7 @@ def _paragraph(
   gain: intervals.Interval,
 ) -> str:
   parts = [
-    f"{share:.0%}: {row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
+    f"{share:.0%}: {row.difference:+.1f}"
     for share, row in zip(config.gains, to_gains)
   ]
   gold, nats, seconds = at_end
@@ -258,65 +225,42 @@ def _paragraph(
       f" {gain}: {'; '.join(parts)}. Up to {config.window} are tolerated where"
       " the interval reaches 0: two such means share steps."
     )
+  less, low, high = nats.difference
+  _, shortest, longest = seconds.difference
   return (
-    f"{found} At the end gold differs by"
-    f" {gold.difference:+.3f} ({gold.low:+.3f} to {gold.high:+.3f}) and the KL"
-    f" by {nats.difference:+.2f} nats ({nats.low:+.2f} to {nats.high:+.2f});"
-    f" a step takes {seconds.rao_bl:.3f} s instead of {seconds.sampled:.3f} s"
-    f" ({seconds.low:+.3f} to {seconds.high:+.3f} s)."
+    f"{found} At the end gold differs by {gold.difference:+.3f} and the KL by"
+    f" {less:+.2f} nats ({low:+.2f} to {high:+.2f}); a step takes"
+    f" {seconds.rao_bl:.3f} s instead of {seconds.sampled:.3f} s"
+    f" ({shortest:+.3f} to {longest:+.3f} s)."
   )
 
 
-def _draw(
-  config, start, sampled, rao_bl, times, to_gains
-) -> matplotlib_figure.Figure:
+def _draw(config, golds, both, times, to_gains) -> drawing.Figure:
   """Gold against iterations; the differences of pairs."""
-  figure = matplotlib_figure.Figure(figsize=(11, 4.2), layout="constrained")
-  left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
-  for name, runs, colour in zip(_LABELS, (sampled, rao_bl), _COLOURS):
-    _curves(left, name, runs, colour, config)
-  golds = thresholds(start, sampled, config.gains)
+  figure, (left, right) = drawing.panels((11, 4.2), 2, width_ratios=(1.4, 1))
+  for runs, (label, colour) in zip(both, STYLES):
+    drawing.curves(
+      left, runs.golds, colour=colour, label=label, window=config.window
+    )
   for gain, gold in zip(config.gains, golds):
-    left.axhline(gold, color="0.6", linewidth=0.8, linestyle="--")
+    left.axhline(gold, color=drawing.GREY, linewidth=0.8, linestyle="--")
     left.annotate(f"{gain:.0%}", (1, gold), fontsize=8, va="bottom")
   left.set_xlim(0, config.training.train.steps)
-  left.set_title("Gold reward: each seed, and their mean", fontsize=10)
-  left.set_xlabel("iteration")
-  left.set_ylabel(f"mean gold reward of {config.window} steps")
+  title = "Gold reward: each seed, and their mean"
+  gold = f"mean gold reward of {config.window} steps"
+  drawing.say(left, title, "iteration", gold)
   left.legend(frameon=False, fontsize=9)
-
-  for place, ((before, after), row) in enumerate(zip(times, to_gains)):
-    differences = np.subtract(after, before)
-    right.plot(differences, [place + 0.15] * len(before), "o", color="0.6")
-    right.plot([row.low, row.high], [place] * 2, color=_COLOURS[1])
-    right.plot(row.difference, place, "o", color=_COLOURS[1], markersize=8)
-  right.axvline(0, color="0.4", linewidth=0.8)
-  right.axvline(config.window, color="tab:red", linewidth=0.8, linestyle="--")
-  right.set_yticks(
-    range(len(times)), [f"{gain:.0%} of the gain" for gain in config.gains]
+  drawing.lying(
+    right,
+    [f"{gain:.0%} of the gain" for gain in config.gains],
+    [row.difference for row in to_gains],
+    ["tab:blue"] * len(to_gains),
+    dots=[after - before for before, after in times],
   )
-  right.set_ylim(len(times) - 0.5, -0.5)
-  right.set_title("Iterations that Rao-Blackwellising adds", fontsize=10)
-  right.set_xlabel(
+  right.axvline(config.window, color="tab:red", linewidth=0.8, linestyle="--")
+  legend = (
     "grey: a pair; blue: mean, 95 % interval\n"
     "red: the most that the claim tolerates"
   )
-  for axis in (left, right):
-    axis.spines[["top", "right"]].set_visible(False)
+  drawing.say(right, "Iterations that Rao-Blackwellising adds", legend)
   return figure
-
-
-def _curves(
-  axis: matplotlib_axes.Axes,
-  name: str,
-  runs: list[Run],
-  colour: str,
-  config: ConfigDict,
-) -> None:
-  """A thin line for each seed and a thick one for their mean."""
-  curves = [toy_runs.trailing_mean(run.golds, config.window) for run in runs]
-  iterations = np.arange(1, len(curves[0]) + 1)
-  for curve in curves:
-    axis.plot(iterations, curve, color=colour, linewidth=0.6, alpha=0.6)
-  mean = np.mean(curves, axis=0)
-  axis.plot(iterations, mean, color=colour, linewidth=2.2, label=name)

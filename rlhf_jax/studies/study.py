@@ -94,6 +94,30 @@ def table_of(
   )
 
 
+def table_of_seeds(
+  caption: str,
+  names: Sequence[str],
+  arms: Mapping[Any, Any],
+  seeds: Sequence[int],
+) -> Table:
+  """A table, which is not shown, of what every seed of each arm came to.
+
+  Args:
+    caption: See `Table`.
+    names: The columns that name an arm.
+    arms: Named tuples of one kind, whose fields have a figure a seed; by as
+      many names, or by one.
+    seeds: In the figures' order.
+  """
+  fields = next(iter(arms.values()))._fields
+  rows = [
+    (*(name if isinstance(name, tuple) else (name,)), seed, *figures)
+    for name, arm in arms.items()
+    for seed, *figures in zip(seeds, *arm, strict=True)
+  ]
+  return Table(caption, (*names, "seed", *fields), rows, shown=False)
+
+
 class Outcome(NamedTuple):
   """What a study found.
 

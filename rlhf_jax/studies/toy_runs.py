@@ -104,11 +104,25 @@ def check(
     {f"training.{name}": limits.equal(x) for name, x in wanted.items()},
   )
   for name, run_config in runs.items():
-    try:
-      validate.validate(run_config, device_count=devices.count())
-    except errors.UserError as error:
-      line = str(error).replace("config.", "config.training.", 1)
-      raise errors.UserError(f"{line} (run {name})") from error
+    check_one(run_config, "training", f" (run {name})")
+
+
+def check_one(config: ConfigDict, field: str, note: str = "") -> None:
+  """Refuses what a run would: a study's config, or one made from it.
+
+  Args:
+    config: The run's.
+    field: Of the study, whose fields the message is about.
+    note: Ends the message.
+
+  Raises:
+    UserError: With the field, its value and what is wanted.
+  """
+  try:
+    validate.validate(config, device_count=devices.count())
+  except errors.UserError as error:
+    line = str(error).replace("config.", f"config.{field}.", 1)
+    raise errors.UserError(f"{line}{note}") from error
 
 
 def start(lab: study.Lab) -> Start:
@@ -121,20 +135,16 @@ def start(lab: study.Lab) -> Start:
 
 
 def run(
-  lab: study.Lab, runs: Mapping[str, ConfigDict]
-) -> tuple[float, dict[str, Rows]]:
-  """Does what has not been done yet; the runs are single, and no sweeps.
-
-  Returns:
-    The SFT policy's gold reward, and each run's metrics, a row a step.
-  """
-  begun = start(lab)
-  metrics = {}
+  lab: study.Lab, runs: Mapping[str, ConfigDict], begun: Start
+) -> dict[str, Member]:
+  """Single runs from the start, by name; does what has not been done yet."""
+  found = {}
   for number, (name, config) in enumerate(runs.items(), start=1):
     note = f" ({number} of {len(runs)})"
     path = made(lab, name, from_start(config, begun), note)
-    metrics[name] = workdir_lib.read_metrics(path)
-  return begun.gold, metrics
+    rows = workdir_lib.read_metrics(path)
+    found[name] = Member(config.kl.beta, config.seed, path, rows)
+  return found
 
 
 def from_start(config: ConfigDict, begun: Start) -> ConfigDict:
@@ -216,9 +226,24 @@ def ends(found: Sequence[Member], name: str, *, last: int) -> np.ndarray:
   return curves(found, name)[:, -last:].mean(axis=1)
 
 
+def every_run(
+  config: ConfigDict,
+  caption: str,
+  columns: Sequence[str],
+  arms: Mapping[Any, Sequence[np.ndarray]],
+) -> study.Table:
+  """A table that is not shown: each arm's cells, the seed and its figures."""
+  rows = [
+    (*arm, *row)
+    for arm, figures in arms.items()
+    for row in zip(seeds(config), *figures, strict=True)
+  ]
+  return study.Table(caption, tuple(columns), rows, shown=False)
+
+
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-  """Means over the last `window` values; NaN where there are fewer."""
-  sums = np.cumsum(np.concatenate([[0.0], values]))
-  means = (sums[window:] - sums[:-window]) / window
-  missing = np.full(min(window - 1, len(values)), np.nan)
-  return np.concatenate([missing, means])
+  """Means over the last `window` of each row; NaN where there are fewer."""
+  sums = np.cumsum(np.insert(values, 0, 0.0, axis=-1), axis=-1)
+  means = (sums[..., window:] - sums[..., :-window]) / window
+  missing = min(window - 1, values.shape[-1])
+  return np.insert(means, [0] * missing, np.nan, axis=-1)

@@ -25,6 +25,7 @@ from rlhf_jax.steps import (
   sharding,
 )
 from rlhf_jax.steps import optimizer as optimizer_lib
+from tests.steps import tiny
 
 B, P, R = 8, 4, 6
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
@@ -148,18 +149,7 @@ def test_mesh_allows_constraints_inside_a_step():
 # One device against eight.
 
 
-def keep_gradient(learning_rate):
-  """Plain SGD whose state is the gradient that it saw last."""
-  return optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda gradient, state, params: (
-      jax.tree.map(lambda g: -learning_rate * g, gradient),
-      gradient,
-    ),
-  )
-
-
-OPTIMIZER = keep_gradient(0.5)
+OPTIMIZER = tiny.keep_gradient(0.5)
 CONTROLLER = beta_lib.fixed()
 
 
@@ -304,7 +294,7 @@ def mutate_mean(monkeypatch):
   def mutant(params, minibatch, *rest):
     def of_shard(own):
       own = jax.tree.map(lambda x: x[:, None], own)
-      tokens = own["sequences"].response_lengths.sum()
+      tokens = own.sequences.response_lengths.sum()
       gradient = right(params, own, *rest)[0]
       return jax.tree.map(lambda g: g * R / tokens, gradient)
 

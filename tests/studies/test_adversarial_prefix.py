@@ -15,15 +15,12 @@ import numpy as np
 import pytest
 
 from configs.studies import adversarial_prefix as config_file
-from rlhf_jax import errors
-from rlhf_jax.data import readers, sampling
+from rlhf_jax.data import readers
 from rlhf_jax.models import transformer
-from rlhf_jax.settings import static
-from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.storage import pretrained
 from rlhf_jax.studies import adversarial_prefix as adversarial
-from rlhf_jax.studies import intervals, study, toy_runs
-from rlhf_jax.studies.adversarial_prefix import measures, rule
+from rlhf_jax.studies import held_out, intervals, study, toy_runs
+from rlhf_jax.studies.adversarial_prefix import rule
 from rlhf_jax.text import toy_language
 
 # The least KL of a harm.
@@ -59,18 +56,31 @@ def arm(harm, shifted, anchored, least):
 def trained(
   found,
   without=(1.0, 0.5, 0.5, 0.4),
-  itself=(2.0, 0.0, 4.0, 1.5),
+  itself=(2.0, 0.0, 4.5, 1.5),
   random=(0.2, 0.0, 0.7, 0.0),
   charged=(1.1, 2.0, 0.6, 0.5),
 ):
-  arms = (arm(*of) for of in (found, without, itself, random, charged))
-  return rule.finding(*arms, factor=1.5)
+  return finding(found, without, itself, random, charged)
+
+
+def finding(found, without, itself, random, charged):
+  """By the rule; arms of the study as they are named in it."""
+  arms = {
+    "found": found,
+    "without": without,
+    rule.FOUND: itself,
+    rule.RANDOM: random,
+    "charged": charged,
+  }
+  arms = {name: arm(*of) for name, of in arms.items() if of}
+  charged_clean = "charged" if charged else None
+  return rule.finding(arms, "found", "without", charged_clean, factor=1.5)
 
 
 def test_a_finding_by_hand():
   found = trained((3.0, 1.0, 4.0, 2.5))
   means = [part.mean for part in found if part]
-  assert means == pytest.approx([2.0, 1.5, 2.5, 3.3, 1.9])
+  assert means == pytest.approx([2.0, 1.5, 2.5, 3.8, 1.9])
   assert rule.verdict(found) == study.HOLDS
 
 
@@ -84,7 +94,7 @@ def test_a_finding_by_hand():
     trained((3.0, 4.0, 1.0, 2.5)),  # Reversed: the shifted KL is the larger.
     trained((3.0, 1.0, 4.0, 2.5), charged=(4.0, 2.0, 0.6, 0.5)),  # Reversed.
     # As much, or more, is read under any prefix.
-    trained((3.0, 1.0, 4.0, 2.5), random=(0.2, 0.0, 4.0, 0.0)),
+    trained((3.0, 1.0, 4.0, 2.5), random=(0.2, 0.0, 4.5, 0.0)),
     trained((3.0, 1.0, 4.0, 2.5), random=(0.2, 0.0, 5.0, 0.0)),
   ],
 )
@@ -93,20 +103,24 @@ def test_all_parts_are_needed(found):
 
 
 def test_prefixes_that_disagree_rule_out_no_false_alarm():
-  arms = [(3.0, 1.0, 4.0, 2.5), (1.0, 0.5, 0.5, 0.4), (0.2, 0.0, 0.7, 0.0)]
-  found, without, random = (arm(*of) for of in arms)
-  random = random._replace(anchored=np.array([0.0, 0.0, 0.0, 0.0, 15.0]))
-  charged = arm(1.1, 2.0, 0.6, 0.5)
-  judged = rule.finding(found, without, found, random, charged, factor=1.5)
+  found, random = arm(3.0, 1.0, 4.0, 2.5), arm(0.2, 0.0, 0.7, 0.0)
+  arms = {
+    rule.NONE: arm(1.0, 0.5, 0.5, 0.4),
+    rule.FOUND: found,
+    rule.RANDOM: random._replace(anchored=np.array([0.0] * 4 + [15.0])),
+    "charged": arm(1.1, 2.0, 0.6, 0.5),
+  }
+  names = rule.FOUND, rule.NONE, "charged"
+  judged = rule.finding(arms, *names, factor=1.5)
   assert judged.no_false_alarm.mean == pytest.approx(1.0)
   assert rule.verdict(judged) == study.DOES_NOT_HOLD
 
 
 def test_the_reference_itself_is_no_evidence():
   """Nothing was trained, and so nothing can have been prevented."""
-  arms = [(3.0, 0.0, 4.0, 2.5), (0.1, 0.0, 0.0, 0.0), (0.2, 0.0, 0.7, 0.0)]
-  found, without, random = (arm(*of) for of in arms)
-  found = rule.finding(found, without, found, random, None, factor=1.5)
+  itself = (3.0, 0.0, 4.0, 2.5)
+  without, random = (0.1, 0.0, 0.0, 0.0), (0.2, 0.0, 0.7, 0.0)
+  found = finding(itself, without, itself, random, None)
   assert found.prevented is None
   assert rule.verdict(found) == study.DOES_NOT_HOLD
 
@@ -132,14 +146,14 @@ def test_the_reference_is_at_no_kl_to_itself(config):
   prefix = toy_runs.varied(
     config.training, {"rollout.prefix": "hated awful", "seed": 5}
   )
-  found = measures.measure(prefix, reference, reference, prompts=20)
-  assert not found.shifted.any() and found.anchored.min() > 0
-  assert len(found.harm) == 20
-  plain = measures.measure(config.training, reference, reference, prompts=20)
-  assert not plain.shifted.any() and not plain.anchored.any()
+  found = adversarial.measure(prefix, reference, reference, 20).figures
+  assert found.shape == (3, 20)
+  assert not found[1].any() and found[2].min() > 0
+  plain = adversarial.measure(config.training, reference, reference, 20)
+  assert not plain.figures[1:].any()
 
 
-def test_both_kls_by_hand(config):
+def test_what_is_measured_by_hand(config, monkeypatch):
   """Token by token, each model reading what it is said to read."""
   reference, policy = two_models(config)
   asked = toy_runs.varied(config.training, {"rollout.prefix": "hated awful"})
@@ -147,21 +161,28 @@ def test_both_kls_by_hand(config):
   ids = lambda text: [vocabulary.index(word) for word in text.split()]
   clean = ids("<start> it was")
   whole = ids("<start> hated awful it was")
-  prompts, _ = sampling.prompts_array([clean], asked, policy, "test")
-  _, shifted, anchored, sequences = measures._compared(
-    policy.params["transformer"],
-    reference.params["transformer"],
-    prompts,
-    jax.random.key(0),
-    config=static.ppo_config(asked, policy, reference),
+  monkeypatch.setattr(
+    toy_language.Language, "sample_prompts", lambda *_: [clean]
   )
+  seen, text_of = [], held_out.text
+
+  def text(model, sequences, row):
+    seen.append(sequences)
+    return text_of(model, sequences, row)
+
+  monkeypatch.setattr(held_out, "text", text)
+  (harm, *kls), said = adversarial.measure(asked, policy, reference, 1)
+  assert said.startswith("it was | ")
+  (sequences,) = seen
+  assert sequences.prompt_lengths.tolist() == [3]
   size = int(sequences.response_lengths[0])
   answer = sequences.response_tokens[0, :size].tolist()
+  harmful = ids("boring awful dreadful hated")
+  assert harm == sum(word in harmful for word in answer)
   p = next_words(policy, whole, answer)
-  for read, kl in ((whole, shifted), (clean, anchored)):
+  for read, kl in zip((whole, clean), kls, strict=True):
     q = next_words(reference, read, answer)
     assert kl[0] == pytest.approx(float((np.exp(p) * (p - q)).sum()), rel=1e-4)
-  assert sequences.prompt_lengths.tolist() == [3]
 
 
 def next_words(model, read, answer):
@@ -180,21 +201,12 @@ def next_words(model, read, answer):
 # The study.
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, config):
-  path = tmp_path_factory.mktemp("adversarial_prefix") / "run"
-  study.run(config, str(path), resume=False)
-  return path
-
-
 def read(path):
   return json.loads(path.read_text())
 
 
-def test_what_it_leaves_behind(workdir, config):
-  tables = read(workdir / "study.json")["tables"]
+def test_what_it_leaves_behind(workdir, tables):
   assert list(tables) == ["search", "arms", "findings", "seeds", "samples"]
-  assert (workdir / "figure.png").stat().st_size > 10_000
   arms = [
     *(adversarial.NONE, adversarial.RANDOM, adversarial.FOUND),
     *adversarial.TUNED.values(),
@@ -221,10 +233,9 @@ def test_what_it_leaves_behind(workdir, config):
   assert len(readers.read_texts(workdir / "texts.jsonl")[0]) == 64
 
 
-def test_the_three_runs(workdir):
+def test_the_three_runs(workdir, tables):
   """One prefix, that of the search; one reward; who is charged what."""
-  search = read(workdir / "study.json")["tables"]["search"]["rows"]
-  found = max(search, key=lambda row: row[3])[1]
+  found = max(tables["search"]["rows"], key=lambda row: row[3])[1]
   configs, first = {}, {}
   for name in ("clean", "shifted", "anchored"):
     path = workdir / name / "beta=1.5,seed=1"
@@ -248,13 +259,8 @@ def test_the_three_runs(workdir):
   assert first["shifted"]["kl/penalty"] == 0 < first["anchored"]["kl/penalty"]
 
 
-def test_resume_does_no_run_again(workdir, config, monkeypatch):
-  monkeypatch.setattr(ppo_stage, "train", None)
-  before = read(workdir / "study.json")
-  (workdir / "study.json").unlink()
-  study.run(config, str(workdir), resume=True)
-  after = read(workdir / "study.json")
-  assert before.pop("wall_s") != after.pop("wall_s") and before == after
+def test_resume_does_no_run_again(resume):
+  resume()
 
 
 @pytest.mark.parametrize(
@@ -285,9 +291,6 @@ def test_resume_does_no_run_again(workdir, config, monkeypatch):
     ),
   ],
 )
-def test_fields_that_make_no_sense(change, message):
+def test_fields_that_make_no_sense(refusal, change, message):
   """Bad inputs 4 and 7."""
-  with pytest.raises(errors.UserError) as caught:
-    adversarial.check(config_file.get_config(f"reduced,{change}"))
-  assert str(caught.value).startswith(message)
-  assert len(str(caught.value).splitlines()) == 1
+  assert refusal(change).startswith(message)

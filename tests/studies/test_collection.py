@@ -8,7 +8,7 @@ import pytest
 
 from configs import studies
 from rlhf_jax import errors
-from rlhf_jax.studies import collection, study
+from rlhf_jax.studies import collection, limits, study
 
 
 @pytest.fixture
@@ -19,12 +19,12 @@ def configs(monkeypatch):
     module = types.ModuleType(f"rlhf_jax.studies.{name}")
 
     def check(config):
-      study.require(config, "above 0", lambda x: x > 0, "size")
+      limits.check(config, {"size": limits.ABOVE_0})
 
-    def run(config, workdir, console, module=module):
-      module.runs.append(config.size)
+    def run(lab, module=module):
+      module.runs.append(lab.config.size)
       paragraph = "It is 1.5 | at e.g. β. More."
-      table = study.Table("Sizes.", ("size",), [(config.size,)])
+      table = study.Table("Sizes.", ("size",), [(lab.config.size,)])
       figure = matplotlib_figure.Figure(figsize=(1, 1))
       return study.Outcome("holds", paragraph, {"sizes": table}, figure)
 

@@ -5,6 +5,7 @@ import math
 import struct
 import sys
 import types
+from typing import NamedTuple
 
 from matplotlib import figure as matplotlib_figure
 import pytest
@@ -207,3 +208,26 @@ def test_time_adds_up_over_processes(nothing, tmp_path, monkeypatch):
   nothing.run = ends
   run(path, resume=True)
   assert json.loads((path / "study.json").read_text())["wall_s"] == 107
+
+
+class _Arm(NamedTuple):
+  gold: list[float]
+  kl: list[float]
+
+
+def test_a_table_of_seeds():
+  """A row a seed of each arm, in order; an arm has one name or several."""
+  arms = {("a", 1): _Arm([1.0, 2.0], [3.0, 4.0]), ("b", 2): _Arm([5.0], [6.0])}
+  with pytest.raises(ValueError):  # An arm that lacks a seed.
+    study.table_of_seeds("all", ("name", "n"), arms, (10, 11))
+  del arms["b", 2]
+  table = study.table_of_seeds("all", ("name", "n"), arms, (10, 11))
+  assert table == study.Table(
+    "all",
+    ("name", "n", "seed", "gold", "kl"),
+    [("a", 1, 10, 1.0, 3.0), ("a", 1, 11, 2.0, 4.0)],
+    shown=False,
+  )
+  named = {"abc": _Arm([1.0], [3.0])}
+  table = study.table_of_seeds("all", ("name",), named, [0])
+  assert table.rows == [("abc", 0, 1.0, 3.0)]

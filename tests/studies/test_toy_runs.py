@@ -3,6 +3,7 @@
 import json
 
 from ml_collections import ConfigDict
+import numpy as np
 import pytest
 from rich import console as rich_console
 
@@ -79,3 +80,35 @@ def test_an_input_that_is_gone_is_named(made):
       toy_runs.made(lab_in(opened), "more", config)
   (path / "elsewhere").rename(model)
   assert len(str(caught.value).splitlines()) == 1
+
+
+def test_trailing_means():
+  values = np.array([1.0, 3.0, 2.0, 7.0])
+  found = toy_runs.trailing_mean(values, 2)
+  np.testing.assert_allclose(found, [np.nan, 2.0, 2.5, 4.5])
+  np.testing.assert_array_equal(toy_runs.trailing_mean(values, 1), values)
+  np.testing.assert_allclose(
+    toy_runs.trailing_mean(values, 4), [np.nan, np.nan, np.nan, 3.25]
+  )
+  rows = toy_runs.trailing_mean(np.array([values, 10 * values]), 2)
+  np.testing.assert_array_equal(rows, [found, 10 * found])
+
+
+def test_a_row_a_seed():
+  config = ConfigDict({"seed": 3, "seeds": 2})
+  arms = {
+    ("a", 0.1): (np.array([1, 2]), np.array([5, 6])),
+    ("b", 0.2): (np.array([7, 8]), np.array([9, 10])),
+  }
+  columns = ("arm", "β", "seed", "x", "y")
+  assert toy_runs.every_run(config, "All", columns, arms) == (
+    "All",
+    columns,
+    [
+      ("a", 0.1, 3, 1, 5),
+      ("a", 0.1, 4, 2, 6),
+      ("b", 0.2, 3, 7, 9),
+      ("b", 0.2, 4, 8, 10),
+    ],
+    False,
+  )

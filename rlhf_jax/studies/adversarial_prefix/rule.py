@@ -7,37 +7,30 @@ than any policy of that harm must have to the reference on the clean prompts
 
     KL(π‖π_ref) ≥ sup_λ { λ · E_π[harm] − log E[exp(λ · harm)] }
 
-Judged are policies that were trained under the prefix, charged against the
-shifted reference, as is usual. The reference itself is reported beside them: to
-itself, reading the same, its KL is 0 by definition, whatever it writes.
-
 A KL to the clean reference that any prefix makes large would be a false alarm
 under most of them. It is therefore compared with the one of the reference
-itself after random prefixes.
-
-A seed is one observation; arms are compared seed by seed.
+itself after random prefixes. Arms are compared seed by seed.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_jax.studies import intervals, study
 
+# The reference itself, by what it reads.
+NONE, RANDOM, FOUND = "no prefix", "random prefixes", "found prefix"
 # λ. At larger ones a few answers are the whole mean.
 _TILTS = np.linspace(0.0, 2.0, 201)
 
 
 class Arm(NamedTuple):
-  """An arm's policies, a value a seed.
+  """An arm's policies, a value a seed; KL is in nats per response.
 
-  Attributes:
-    harm: Harmful words per response.
-    shifted: KL to the reference that reads what the policy reads, nats per
-      response.
-    anchored: KL to the reference on the clean prompt, nats per response.
-    least: What a policy of that harm is away from it at least, nats per
-      response.
+  `harm` is harmful words per response; `shifted` the KL to the reference that
+  reads what the policy reads, `anchored` to the one on the clean prompt; a
+  policy of that harm is at `least` so far from the latter.
   """
 
   harm: np.ndarray
@@ -47,16 +40,9 @@ class Arm(NamedTuple):
 
 
 class Finding(NamedTuple):
-  """What the rule reads of a policy under the found prefix.
+  """What the rule reads of a policy under the found prefix; see `meanings`.
 
-  Attributes:
-    more_harm: Harm less that of the policy without a prefix.
-    hidden: The least KL of that harm, less the KL to the shifted reference.
-    exposed: The KL to the clean reference, less `factor` times the other.
-    no_false_alarm: That KL of the reference itself after the found prefix, less
-      the same after random prefixes.
-    prevented: Harm less that of a policy charged against the clean reference;
-      None where nothing was trained.
+  `prevented` is None where nothing was trained.
   """
 
   more_harm: intervals.Interval
@@ -64,6 +50,17 @@ class Finding(NamedTuple):
   exposed: intervals.Interval
   no_false_alarm: intervals.Interval
   prevented: intervals.Interval | None
+
+
+def meanings(factor: float) -> tuple[str, ...]:
+  """What the fields of `Finding` are."""
+  return (
+    "harm more than without a prefix",
+    "hidden: least KL of that harm − KL, shifted",
+    f"exposed: KL, clean − {factor:g} · KL, shifted",
+    "no false alarm: KL, clean, of the reference − after random ones",
+    "prevented: harm more than charged clean",
+  )
 
 
 def least_kl(harms: np.ndarray, wanted: float) -> float:
@@ -80,34 +77,26 @@ def least_kl(harms: np.ndarray, wanted: float) -> float:
 
 
 def finding(
-  found: Arm,
-  without: Arm,
-  itself: Arm,
-  random: Arm,
-  charged_clean: Arm | None,
+  arms: Mapping[str, Arm],
+  found: str,
+  without: str,
+  charged_clean: str | None,
   *,
   factor: float,
 ) -> Finding:
-  """What the rule reads.
+  """What the rule reads of `found`, an arm under the found prefix.
 
-  Args:
-    found: Under the found prefix, charged against the shifted reference if it
-      was trained.
-    without: As `found`, without a prefix.
-    itself: The reference itself, under the found prefix.
-    random: The reference itself, after random prefixes.
-    charged_clean: As `found`, charged against the clean reference.
-    factor: By which the KL to the clean reference is to be larger.
+  It was charged against the shifted reference, and `charged_clean` against the
+  clean one, if anything was trained; `without` is the same without a prefix.
   """
-  prevented = None
-  if charged_clean is not None:
-    prevented = intervals.of_difference(found.harm, charged_clean.harm)
+  of, judged = intervals.of_difference, arms[found]
+  clean = None if charged_clean is None else arms[charged_clean]
   return Finding(
-    more_harm=intervals.of_difference(found.harm, without.harm),
-    hidden=intervals.of_difference(found.least, found.shifted),
-    exposed=intervals.of_difference(found.anchored, factor * found.shifted),
-    no_false_alarm=intervals.of_difference(itself.anchored, random.anchored),
-    prevented=prevented,
+    more_harm=of(judged.harm, arms[without].harm),
+    hidden=of(judged.least, judged.shifted),
+    exposed=of(judged.anchored, factor * judged.shifted),
+    no_false_alarm=of(arms[FOUND].anchored, arms[RANDOM].anchored),
+    prevented=clean and of(judged.harm, clean.harm),
   )
 
 

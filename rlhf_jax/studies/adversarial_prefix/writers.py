@@ -25,9 +25,9 @@ _HARMFUL = -2.0  # The sentiment of harmful words.
 
 def harmful_ids(language: toy_language.Language) -> list[int]:
   """Ids of the words that only a harsh writer uses."""
-  words = language.sentiments.items()
-  harmful = {word for word, level in words if level == _HARMFUL}
-  return [i for i, word in enumerate(language.vocabulary) if word in harmful]
+  of = language.sentiments
+  words = enumerate(language.vocabulary)
+  return [i for i, word in words if of.get(word) == _HARMFUL]
 
 
 _HARMFUL_IDS = harmful_ids(toy_language.LANGUAGES["reviews"])
@@ -86,17 +86,16 @@ def write(
 
 def _redrawn(language: toy_language.Language):
   """Word → (ids, weights) for each writer, of classes with harmful words."""
-  harmful = set(harmful_ids(language))
-  ids = {word: i for i, word in enumerate(language.vocabulary)}
+  harmful = harmful_ids(language)
   redrawn = {}
   for words in language.words.values():
-    of = {ids[word]: weight for word, weight in words.items()}
-    if harmful.isdisjoint(of):
-      continue
-    sides = []
-    for wanted in (False, True):
-      side = {i: w for i, w in of.items() if (i in harmful) == wanted}
-      weights = np.array([*side.values()], np.float64)
-      sides.append(([*side], weights / weights.sum()))
-    redrawn |= dict.fromkeys(of, tuple(sides))
+    ids = np.array([language.vocabulary.index(word) for word in words])
+    weights = np.array([*words.values()], np.float64)
+    is_harmful = np.isin(ids, harmful)
+    if is_harmful.any():
+      sides = [
+        (ids[side], weights[side] / weights[side].sum())
+        for side in (~is_harmful, is_harmful)
+      ]
+      redrawn |= dict.fromkeys(ids.tolist(), sides)
   return redrawn
