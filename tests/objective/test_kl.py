@@ -182,6 +182,17 @@ def test_garbage_after_the_end_changes_no_bit(garbage):
 
 
 @pytest.mark.parametrize("key", kl.PENALTIES, ids="-".join)
+def test_no_penalty_is_paid_beyond_the_end(key):
+  """Trap 17: whatever stands there, and 0 is what the groups' sums see."""
+  mask = jnp.array([[True, True, False, False]])
+  dirty = jnp.where(mask, 0.5, jnp.nan)
+  nats = kl.reward_penalty(kl.PENALTIES[key], kl.Terms(*[dirty] * 4), mask)
+  assert (
+    np.isfinite(nats).all() and not np.asarray(nats)[~np.asarray(mask)].any()
+  )
+
+
+@pytest.mark.parametrize("key", kl.PENALTIES, ids="-".join)
 def test_every_penalty_is_finite_at_60_nats(key):
   """Trap 17: values and gradients, at ±60 nats and with ratios far from 1."""
   penalty = kl.PENALTIES[key]

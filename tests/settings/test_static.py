@@ -143,3 +143,26 @@ def test_the_step_is_compiled_with_the_penalty_and_the_groups():
   assert found.reference == found.model == policy.model
   assert (found.advantages, found.group_size) == ("grpo", 8)
   assert found.length_normalisation and found.normalise_groups
+
+
+def test_responses_are_drawn_as_the_config_says():
+  """Also where it names its own stop ids, and not the model's."""
+  drawn = "rollout.temperature=0.7,rollout.top_k=5,rollout.top_p=0.9"
+  config = ppo.get_config(f"{drawn},rollout.response_length=9")
+  policy = pretrained.load_policy(config)
+  found = static.rollout_config(config, policy)
+  assert (found.temperature, found.top_k, found.top_p) == (0.7, 5, 0.9)
+  assert (found.response_length, found.pad_id) == (9, policy.pad_id)
+  assert found.stop_ids == policy.stop_ids
+  for stop_ids in ((5, 7), ()):
+    config.rollout.stop_ids = stop_ids
+    assert static.rollout_config(config, policy).stop_ids == stop_ids
+  assert static.ppo_config(config, policy, policy).rollout.temperature == 0.7
+
+
+def test_the_schedule_counts_updates():
+  """The config counts steps; a step of PPO has an update a minibatch."""
+  config = ppo.get_config("train.steps=10,optimizer.warmup_steps=3")
+  found = static.optimizer_config(config, updates_per_step=4)
+  assert (found.updates, found.warmup_updates) == (40, 12)
+  assert static.optimizer_config(config).updates == 10

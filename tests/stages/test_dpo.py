@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from configs import defaults, dpo
-from rlhf_jax import errors
+from rlhf_jax import errors, types
+from rlhf_jax.data import batches
 from rlhf_jax.data import preferences as preference_data
+from rlhf_jax.stages import alarms, pipeline
 from rlhf_jax.stages import dpo as dpo_stage
-from rlhf_jax.stages import pipeline
+from rlhf_jax.steps import dpo as dpo_step
 from rlhf_jax.storage import checkpoint, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
@@ -98,7 +100,7 @@ def untimed(workdir):
   ]
 
 
-def test_it_leaves_what_the_contract_names(trained):
+def test_it_leaves_what_the_contract_names(policy, trained):
   summary = read(trained / "summary.json")
   assert (summary["stage"], summary["seed"], summary["steps"]) == ("dpo", 0, 4)
   assert summary["wall_s"] > 0
@@ -113,6 +115,10 @@ def test_it_leaves_what_the_contract_names(trained):
   found = pretrained.load_workdir(trained)
   assert found.stop_ids == (toy_language.STOP_ID,)
   assert list(found.params) == ["transformer"]
+  # It is the policy that was trained.
+  start = pretrained.load_workdir(policy)
+  hashes = [checkpoint.tree_hash(model.params) for model in (start, found)]
+  assert hashes[0] != hashes[1]
 
 
 def test_the_first_step_begins_at_the_reference(trained):
@@ -121,6 +127,17 @@ def test_the_first_step_begins_at_the_reference(trained):
   np.testing.assert_allclose(first["dpo/margin"], 0, atol=1e-5)
   assert first["kl/reverse_exact"] == 0 == first["kl/forward_exact"]
   assert first["kl/beta"] == pytest.approx(BETA)
+
+
+def test_the_reference_is_scored_at_the_policys_temperature(policy, tmp_path):
+  """Trap 5: else the margin is not 0 where both are one model."""
+  run = train(
+    policy, tmp_path / "run", "rollout.temperature=0.7", "train.steps=1"
+  )
+  first, _ = rows(run)
+  np.testing.assert_allclose(first["dpo/loss"], np.log(2), atol=1e-5)
+  np.testing.assert_allclose(first["dpo/margin"], 0, atol=1e-5)
+  assert first["kl/reverse_exact"] == 0 == first["kl/forward_exact"]
 
 
 def test_the_ledger_is_kept_now_and_then_and_at_the_end(trained):
@@ -248,6 +265,55 @@ def test_eight_devices_run_the_stage(policy, trained, tmp_path):
     for name in ("dpo/loss", "dpo/margin", "dpo/grad_norm", "reward/gold"):
       if name in one:
         np.testing.assert_allclose(one[name], other[name], atol=1e-4)
+
+
+def test_what_is_held_out_is_judged_and_asked(policy, tmp_path, monkeypatch):
+  """Held-out pairs are the other way round here: all of them are lost.
+
+  The ledger's prompts are theirs, and none that is trained on.
+  """
+  monkeypatch.setattr(dpo_stage, "FINAL_PROMPTS", B)
+  split, heldout = preference_data.split, []
+
+  def reversed_where_held_out(config, pairs):
+    train, held = split(config, pairs)
+    heldout.append(held)
+    return train, types.PreferencePairs(held.rejected, held.chosen)
+
+  monkeypatch.setattr(preference_data, "split", reversed_where_held_out)
+  steps, batch_at = set(), batches.batch_at
+
+  def noted(rows, *, seed, step, batch_size):
+    steps.add((type(rows), seed, step))
+    return batch_at(rows, seed=seed, step=step, batch_size=batch_size)
+
+  monkeypatch.setattr(batches, "batch_at", noted)
+  pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+  options = f"data.path={pairs}", "data.heldout_fraction=0.25", "seed=3"
+  run = train(policy, tmp_path / "run", *options, "train.steps=8")
+  metrics = read(run / "summary.json")["metrics"]
+  assert rows(run)[7]["dpo/accuracy"] == 1
+  assert metrics["dpo/heldout_accuracy"] == 0
+  (held,) = heldout
+  tokenizer = toy_language.tokenizer()
+  asked = {record["prompt"] for record in rows(run, "samples")}
+  assert asked <= set(
+    tokenizer.batch_decode(held.chosen.prompt_tokens, skip_special_tokens=True)
+  )
+  assert len(asked) > 2
+  # Other pairs and prompts each step, and prompts for the finished policy.
+  assert steps == {
+    *((dpo_step.Batch, 3, step) for step in range(8)),
+    *((types.Prompts, 3, step) for step in range(9)),
+  }
+
+
+def test_alarms_are_printed(policy, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(alarms.MISMATCH_TOLERANCE, "float32", -1.0)
+  train(policy, tmp_path / "run")
+  printed = capsys.readouterr().out
+  assert printed.count("alarm: ") == 1
+  assert "dpo step 0 alarm: rollout/logprob_max_abs_diff = " in printed
 
 
 def write(path, pairs):

@@ -151,6 +151,7 @@ def test_another_opponent(models, evaluate):
   )
   metrics = summary_of(workdir)["metrics"]
   assert summary_of(workdir)["against"] == str(models / "ppo")
+  assert metrics["kl/reverse_exact"] > 0  # To the reference, and not to it.
   assert metrics["win/ties"] < 1
   assert metrics["win/rate_low"] < 0.5 < metrics["win/rate_high"]
   records = samples_of(workdir)

@@ -96,6 +96,20 @@ def test_pipeline_leaves_what_the_contract_names(pipeline):
   assert (pipeline / "ppo" / "frontier.png").stat().st_size > 10_000
 
 
+def test_each_stage_leaves_what_it_trained(pipeline):
+  """And stands on what the one before it left."""
+  start = pretrained.load_policy(shrunk(quickstart.get_config()))
+  places = ("sft", "reward_model", "ppo/beta=0", "ppo/beta=0.3")
+  models = [start, *(pretrained.load_workdir(pipeline / p) for p in places)]
+  hashes = {checkpoint.tree_hash(m.params["transformer"]) for m in models}
+  assert len(hashes) == 5
+  sft = str(pipeline / "sft")
+  for stage in ("reward_model", "ppo"):
+    assert read(pipeline / stage / "config.json")["policy"]["path"] == sft
+  paid = read(pipeline / "ppo" / "config.json")["reward"]["path"]
+  assert paid == str(pipeline / "reward_model")
+
+
 def test_metrics_are_means_of_the_last_steps(pipeline):
   member = pipeline / "ppo" / "beta=0.3"
   metrics = rows(member / "metrics.jsonl")

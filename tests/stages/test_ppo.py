@@ -6,6 +6,7 @@ The models are not trained: what is shown here holds for any.
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
 
 import jax
@@ -17,10 +18,12 @@ import tokenizers
 
 from configs import defaults
 from rlhf_jax import errors
+from rlhf_jax.data import batches
 from rlhf_jax.models import transformer
 from rlhf_jax.stages import alarms, loop, pipeline
 from rlhf_jax.stages import ppo as ppo_stage
-from rlhf_jax.storage import pretrained
+from rlhf_jax.steps import optimizer as optimizer_lib
+from rlhf_jax.storage import checkpoint, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
 
@@ -160,6 +163,31 @@ def test_the_controller_moves_beta(controlled):
   assert metrics[-1]["kl/reverse_exact"] > 0
 
 
+def test_the_rate_falls_over_updates_and_not_over_steps(train, monkeypatch):
+  """Two steps of 2 × 2 updates are eight; the last step still moves.
+
+  And each step has a batch of its own, of the run's seed.
+  """
+  made, make = [], optimizer_lib.make
+
+  def noted(config):
+    made.append(config)
+    return make(config)
+
+  monkeypatch.setattr(optimizer_lib, "make", noted)
+  steps, batch_at = set(), batches.batch_at
+
+  def drawn(rows, *, seed, step, batch_size):
+    steps.add((seed, step))
+    return batch_at(rows, seed=seed, step=step, batch_size=batch_size)
+
+  monkeypatch.setattr(batches, "batch_at", drawn)
+  run = train("run", "optimizer.schedule=linear", "seed=3")
+  assert steps == {(3, 0), (3, 1)}
+  assert [config.updates for config in made] == [8]
+  assert rows(run)[-1]["kl/to_old_policy"] > 1e-6
+
+
 def test_a_resumed_controller_goes_on(controlled, train):
   """Trap 12. Interrupted ≡ uninterrupted, β to the last bit."""
   train("halves", *CONTROLLED, "train.steps=2")
@@ -189,6 +217,18 @@ def test_the_ledger_of_every_step(controlled):
     # 8 responses have 28 pairs; a whole number of halves agrees.
     assert 0 <= row["reward/pair_accuracy"] <= 1
     assert "reward/agreement" not in row
+
+
+def test_another_reward_is_refused_on_resume(models, train, tmp_path):
+  """Trap 11: the reward of a resumed run is the one that it began with."""
+  shutil.copytree(models / "reward_a", tmp_path / "reward")
+  options = f"reward.path={tmp_path / 'reward'}", "train.steps=2"
+  train("run", *options)
+  params, metadata = checkpoint.load_params(tmp_path / "reward" / "model")
+  params["score_head"]["kernel"][0] += 1e-3
+  checkpoint.save_params(tmp_path / "reward" / "model", params, metadata)
+  with pytest.raises(errors.UserError, match="reward model is not the one"):
+    train("run", options[0], "train.steps=4", resume=True)
 
 
 def columns(records, values):
@@ -285,6 +325,26 @@ def test_responses_come_in_groups(grouped, name):
       prompts.append(group[0]["prompt"])
     assert metrics["ppo/value_loss"] == 0  # Nobody has a critic.
   assert len(set(prompts)) > 1
+
+
+@pytest.mark.parametrize("name", ["reward_a", "both"])
+def test_errors_are_over_prompts(grouped, name):
+  """Answers to one prompt are one draw of it: sd of the groups' means / √2."""
+  for records, metrics in zip(
+    samples_by_step(grouped[name]), rows(grouped[name]), strict=True
+  ):
+    k1 = lambda r: np.sum(r["logprobs"]) - np.sum(r["reference_logprobs"])
+    readings = {
+      "kl/reverse_exact": lambda r: np.sum(r["reverse_kl"]),
+      "kl/reverse_k1": k1,
+      "reward/score": lambda r: r["score"],
+    }
+    for figure, of in readings.items():
+      values = np.array([of(record) for record in records])
+      error = values.reshape(2, 4).mean(1).std(ddof=1) / np.sqrt(2)
+      found = metrics[f"{figure}_se"]
+      np.testing.assert_allclose(found, error, atol=2e-4, err_msg=figure)
+      np.testing.assert_allclose(metrics[figure], values.mean(), atol=2e-4)
 
 
 def test_another_reference(grouped):

@@ -1,5 +1,6 @@
 """A sweep over β and seeds: chunks, devices, resume, and single runs."""
 
+import itertools
 import json
 import shutil
 
@@ -111,6 +112,43 @@ def test_the_frontier(run):
   assert record["best_of_n"][0]["kl_estimate"] == 0
   assert record["recommendation"]["beta"] in BETAS
   assert (run / "frontier.png").stat().st_size > 10_000
+
+
+def test_an_untrained_member_does_not_tie_with_its_reference(
+  run, tmp_path, capsys
+):
+  """One draw for both would: equal policies would write the same responses.
+
+  They answer those prompts of the file that were held out of training.
+  """
+  file = tmp_path / "prompts.txt"
+  words = itertools.product(
+    ("the film", "the plot", "this story", "that hero", "it", "the music"),
+    ("was", "felt", "seemed", "looked"),
+    ("", " very", " quite", " so"),
+  )
+  file.write_text("\n".join(f"{a} {b}{c}" for a, b, c in words))
+  config = on(
+    run,
+    f"data.path={file}",
+    "data.heldout_fraction=0.5",
+    f"sweep.betas={BETAS}",
+    "optimizer.learning_rate=1e-30",
+    "train.steps=1",
+    "mesh.data=1",
+  )
+  pipeline.run(config, str(tmp_path / "run"), resume=False)
+  record = read(tmp_path / "run" / "frontier.json")
+  asked = f"evaluate: 48 of {file}: 96 prompts, held out of training"
+  assert asked in capsys.readouterr().out
+  first, second = record["members"]
+  for member in (first, second):
+    assert member["kl"] == 0
+    assert member["win_rate_se"] > 0.01
+    assert member["proxy"] != record["reference"]["proxy"]
+    assert abs(member["win_rate"] - 0.5) < 4 * member["win_rate_se"]
+  # Members share theirs, so that what differs between them is what they are.
+  assert first["proxy"] == second["proxy"]
 
 
 def test_members_are_divided_over_devices():

@@ -198,6 +198,33 @@ def test_kl_is_zero_and_ratio_one_at_step_0(temperature, prompt_size, top_p):
   assert scalars["ppo/clip_fraction"] == 0.0
 
 
+def test_the_ratio_is_to_the_policy_that_sampled(monkeypatch):
+  """In bfloat16, where decoding and learning need not read the same.
+
+  Here they differ by 0.3 nats a token. The KL is 0 all the same, for both
+  models are read by the learner; the ratio of an unmoved policy is e^−0.3.
+  """
+  draw = rollout.rollout
+
+  def surer(*args, **named):
+    drawn = draw(*args, **named)
+    return dataclasses.replace(drawn, logprobs=drawn.logprobs + 0.3)
+
+  monkeypatch.setattr(rollout, "rollout", surer)
+  model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+  policy, still = make_policy(0), keep_gradient(0.0)
+  step = compile_step(dataclasses.replace(ONCE, model=model), still)
+  _, metrics = run(step, still, policy, reference.freeze(policy), SCORES)
+  scalars = metrics.scalars
+  assert scalars["kl/reverse_exact"] == scalars["kl/reverse_k1"] == 0.0
+  lengths = metrics.samples.sequences.response_lengths
+  wanted = (np.exp(-0.3) - 1 + 0.3) * lengths.mean()
+  for name in ("kl/to_old_policy", "kl/decode_mismatch"):
+    np.testing.assert_allclose(scalars[name], wanted, rtol=0.05, err_msg=name)
+  # Below 1 − ε: cut off wherever the advantage is negative.
+  assert 0.1 < scalars["ppo/clip_fraction"] < 1
+
+
 # What is frozen and what is donated.
 
 
