@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import logprobs
+from tests.steps import tiny
 
 LLAMA = transformer.TransformerConfig(
   vocab_size=13,
@@ -43,12 +44,7 @@ def config(request):
 
 
 def random_params(config):
-  """Every leaf random, scales and biases too."""
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), "f4"), shapes
-  )
+  return tiny.network(0, config)
 
 
 def random_tokens(rows, columns, seed=1):

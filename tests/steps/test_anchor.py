@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from rlhf_jax import types
@@ -13,64 +12,27 @@ from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.objective import kl
 from rlhf_jax.steps import anchor, ppo, reference, rollout
+from tests.steps import tiny
 
 B, P, R = 8, 7, 5
 BETA = 0.3
 BOS, PREFIX = 1, [9, 4, 9]
 PLACE = anchor.Prefix(size=3, begin=1)
-MODEL = transformer.TransformerConfig(
-  vocab_size=11,
-  width=16,
-  layers=1,
-  heads=2,
-  kv_heads=2,
-  head_size=8,
-  mlp_width=24,
-  max_length=32,
-  unroll=1,
-)
+MODEL = tiny.SHALLOW
 CONFIG = ppo.PPOConfig(
   model=MODEL,
   rollout=rollout.RolloutConfig(
-    response_length=R, temperature=1.3, stop_ids=(3,)
+    response_length=R, temperature=1.3, stop_ids=(3, 7)
   ),
   whiten_advantages=False,
-  logits_per_chunk=4 * B * 11 * 2,  # Chunks that do not divide R.
+  logits_per_chunk=4 * B * MODEL.vocab_size * 2,  # Chunks that do not divide R.
 )
-# Its state is the gradient that it saw.
-KEEP = optax.GradientTransformation(
-  lambda params: jax.tree.map(jnp.zeros_like, params),
-  lambda gradient, state, params: (
-    jax.tree.map(jnp.zeros_like, gradient),
-    gradient,
-  ),
-)
-SCORES = jnp.array([0.7, -1.9, 0.0, 2.5, -0.3, 1.0, 0.25, -4.0])
+KEEP, SCORES = tiny.keep_gradient(), tiny.SCORES
 WORDS = [5], [6, 2], [7, 8, 9], [9], [4, 9], [2], [9, 4, 9], [0, 0]
 CLEAN = [[BOS, *words] for words in WORDS]
 
 
-def make_policy(seed):
-  shapes = jax.eval_shape(
-    lambda: {
-      "transformer": transformer.init(jax.random.key(0), MODEL),
-      "value_head": transformer.init_scalar_head(16, use_bias=True),
-    }
-  )
-  rng = np.random.default_rng(seed)
-  draw = lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype)
-  return jax.tree.map(draw, shapes)
-
-
-def prompts_of(rows, size=P):
-  tokens = np.zeros((len(rows), size), np.int32)
-  for row, ids in enumerate(rows):
-    tokens[row, size - len(ids) :] = ids
-  lengths = np.array([len(ids) for ids in rows], np.int32)
-  return types.Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
-
-
-PROMPTS = prompts_of([[BOS, *PREFIX, *row[1:]] for row in CLEAN])
+PROMPTS = tiny.left_padded([[BOS, *PREFIX, *row[1:]] for row in CLEAN], P)
 
 
 def run(config, held, prompts=PROMPTS, score=None, beta=BETA, **options):
@@ -78,13 +40,13 @@ def run(config, held, prompts=PROMPTS, score=None, beta=BETA, **options):
   controller = options.pop("controller", beta_lib.fixed())
   step = ppo.make_step(
     config,
-    score=score or (lambda scores, sequences, step: scores),
+    score=score or tiny.given_scores,
     optimizer=KEEP,
     controller=controller,
     **options,
   )
   state = ppo.init_state(
-    make_policy(0), beta=beta, optimizer=KEEP, controller=controller
+    tiny.policy(0, MODEL), beta=beta, optimizer=KEEP, controller=controller
   )
   result = jax.jit(step)(state, held, SCORES, prompts, jax.random.key(0))
   return jax.tree.map(np.asarray, result)
@@ -92,7 +54,7 @@ def run(config, held, prompts=PROMPTS, score=None, beta=BETA, **options):
 
 @pytest.fixture(scope="module")
 def other():
-  return reference.freeze(make_policy(1))
+  return reference.freeze(tiny.policy(1, MODEL))
 
 
 def with_prefix(**fields):
@@ -145,14 +107,14 @@ def test_without_prefix_is_the_prompts_as_they_were(begin, size):
   """Words of the prompt that look like the prefix stay."""
   prefix = [9, 4, 9][:size]
   rows = [row[:begin] + prefix + row[begin:] for row in CLEAN]
-  prompts = prompts_of(rows)
+  prompts = tiny.left_padded(rows, P)
   responses = jnp.arange(B * R, dtype=jnp.int32).reshape(B, R)
   lengths = jnp.arange(B, dtype=jnp.int32) % (R + 1)
   found = anchor.without_prefix(
     types.Sequences(prompts.tokens, prompts.lengths, responses, lengths),
     anchor.Prefix(size, begin),
   )
-  wanted = prompts_of(CLEAN, P - size)
+  wanted = tiny.left_padded(CLEAN, P - size)
   np.testing.assert_array_equal(found.prompt_tokens, wanted.tokens)
   np.testing.assert_array_equal(found.prompt_lengths, wanted.lengths)
   np.testing.assert_array_equal(found.response_tokens, responses)
@@ -162,7 +124,7 @@ def test_without_prefix_is_the_prompts_as_they_were(begin, size):
 def test_the_anchored_kl_is_that_of_two_passes(other):
   scalars, samples = _of(run(with_prefix(), other))
   assert len(set(samples.sequences.response_lengths.tolist())) > 2
-  exact, k1 = by_hand(make_policy(0), other, samples.sequences)
+  exact, k1 = by_hand(tiny.policy(0, MODEL), other, samples.sequences)
   for name, wanted in (("kl/anchored", exact), ("kl/anchored_k1", k1)):
     np.testing.assert_allclose(scalars[name], wanted.mean(), rtol=2e-5)
     error = wanted.std(ddof=1) / np.sqrt(B)
@@ -176,7 +138,7 @@ def test_the_anchored_kl_is_that_of_two_passes(other):
 
 def test_the_prefix_hides_nothing_from_the_anchored_kl():
   """Policy and reference are one model: every other meter reads exactly 0."""
-  scalars, _ = _of(run(with_prefix(), reference.freeze(make_policy(0))))
+  scalars, _ = _of(run(with_prefix(), reference.freeze(tiny.policy(0, MODEL))))
   for name in ("reverse_k1", "reverse_k3", "reverse_exact", "forward_exact"):
     assert scalars[f"kl/{name}"] == 0.0, name
   assert scalars["kl/anchored"] > 0.1
@@ -219,14 +181,14 @@ def test_the_penalty_can_be_charged_on_the_anchored_kl(
   )
   state, metrics = run(config, other)
   scalars, sequences = metrics.scalars, metrics.samples.sequences
-  exact, _ = by_hand(make_policy(0), other, sequences)
+  exact, _ = by_hand(tiny.policy(0, MODEL), other, sequences)
   np.testing.assert_allclose(
     scalars["kl/penalty"], BETA * exact.mean(), rtol=2e-5
   )
   np.testing.assert_allclose(
     scalars["reward/total"], SCORES.mean() - BETA * exact.mean(), rtol=2e-5
   )
-  wanted = jax.grad(_loss)(make_policy(0), other, sequences, penalty)
+  wanted = jax.grad(_loss)(tiny.policy(0, MODEL), other, sequences, penalty)
   compare = lambda a, b: np.testing.assert_allclose(
     a, b, rtol=2e-4, atol=2e-5 * np.abs(b).max() + 1e-8
   )
@@ -302,7 +264,7 @@ def test_rewards_judge_the_clean_prompt(other):
     score=lambda model, sequences, step: read(sequences),
     gold=read,
   )
-  clean = prompts_of(CLEAN, P - 3)
+  clean = tiny.left_padded(CLEAN, P - 3)
   empty = jnp.zeros((B, 0), jnp.int32), jnp.zeros((B,), jnp.int32)
   wanted = read(types.Sequences(clean.tokens, clean.lengths, *empty))
   np.testing.assert_allclose(metrics.samples.scores, wanted)

@@ -15,18 +15,10 @@ from rlhf_jax.models import transformer
 from rlhf_jax.objective import exact
 from rlhf_jax.objective import preference_loss as losses
 from rlhf_jax.steps import dpo, sharding
+from tests.steps import tiny
 
 V, P, R, BETA = 16, 2, 3, 0.3
-MODEL = transformer.TransformerConfig(
-  vocab_size=V,
-  width=16,
-  layers=1,
-  heads=2,
-  kv_heads=2,
-  head_size=8,
-  mlp_width=32,
-  max_length=16,
-)
+MODEL = dataclasses.replace(tiny.SHALLOW, vocab_size=V)
 TEMPERATURE = 1.3
 CONFIGS = {
   "dpo": {},
@@ -37,13 +29,7 @@ CONFIGS = {
   "simpo": {"margin": 0.4},
   "chi_po": {"reward_bound": 3.0},
 }
-KEEP = optax.GradientTransformation(
-  lambda params: jax.tree.map(jnp.zeros_like, params),
-  lambda gradient, state, params: (
-    jax.tree.map(jnp.zeros_like, gradient),
-    gradient,
-  ),
-)
+KEEP = tiny.keep_gradient()
 
 
 def make_config(loss, **fields):
@@ -53,13 +39,10 @@ def make_config(loss, **fields):
 
 
 def make_params(seed, model=MODEL):
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
-  rng = np.random.default_rng(seed)
-  normal = lambda leaf: jnp.float32(0.5 * rng.normal(size=leaf.shape))
-  return {"transformer": jax.tree.map(normal, shapes)}
+  return {"transformer": tiny.network(seed, model)}
 
 
-PARAMS, HELD = make_params(0), make_params(4)
+PARAMS, HELD = make_params(4), make_params(0)
 PAIR_LOGPROBS = jax.jit(dpo.pair_logprobs, static_argnums=2)
 FIGURES = jax.jit(dpo.pair_figures, static_argnums=3)
 

@@ -8,53 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta, logprobs, masking
 from rlhf_jax.steps import anchor, evaluate, ppo, rewards, rollout
+from tests.steps import tiny
 
 B, P, R, V = 8, 4, 6, 13
-MODEL = transformer.TransformerConfig(
-  vocab_size=V,
-  width=16,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  mlp_width=24,
-  max_length=32,
-  unroll=2,
-)
+MODEL = tiny.MODEL
 NARROW = dataclasses.replace(MODEL, width=8, layers=1, unroll=1)
 ROLLOUT = rollout.RolloutConfig(
   response_length=R, temperature=1.3, stop_ids=(3, 7), pad_id=3
 )
 KEY = jax.random.key(5)
-
-
-def make_policy(seed, model=MODEL):
-  """Random in every leaf, so that stops come early."""
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
-  rng = np.random.default_rng(seed)
-  draw = lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype)
-  head = transformer.init_scalar_head(model.width, use_bias=True)
-  return {"transformer": jax.tree.map(draw, shapes), "value_head": head}
-
-
-def make_reward_model(seed):
-  kernel = np.random.default_rng(seed).normal(size=MODEL.width)
-  return {
-    "transformer": make_policy(seed)["transformer"],
-    "score_head": {"kernel": jnp.float32(kernel)},
-    "normalisation": {"mean": jnp.float32(0.5), "std": jnp.float32(2.0)},
-  }
-
-
-def make_prompts():
-  rng = np.random.default_rng(7)
-  lengths = np.array([1, 2, 3, 4, 4, 3, 2, 1], np.int32)
-  tokens = rng.integers(0, V, (B, P)).astype(np.int32)
-  return types.Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
 
 
 def tokens_sum(sequences):
@@ -76,17 +41,18 @@ def run(
   compiled = jax.jit(
     evaluate.make(config, score=rewards.from_model(MODEL), gold=gold)
   )
-  prompts = make_prompts()
-  if prefix is not None:  # Which every prompt must have.
-    prompts = dataclasses.replace(prompts, lengths=jnp.full(B, P))
+  prompts = tiny.prompts()
+  if prefix is not None:  # Which every prompt must have, whole.
+    words = np.random.default_rng(7).integers(0, V, (B, P))
+    prompts = tiny.left_padded(words.tolist(), P)
   return jax.device_get(
-    compiled(policy, reference, make_reward_model(3), prompts, key)
+    compiled(policy, reference, tiny.reward_model(3), prompts, key)
   )
 
 
 @pytest.fixture(scope="module")
 def evaluation():
-  return run(make_policy(1), make_policy(2))
+  return run(tiny.policy(1), tiny.policy(2))
 
 
 def test_figures_are_those_of_a_ppo_step(evaluation):
@@ -103,14 +69,14 @@ def test_figures_are_those_of_a_ppo_step(evaluation):
     gold=tokens_sum,
   )
   state = ppo.init_state(
-    make_policy(1), beta=0.1, optimizer=optimizer, controller=controller
+    tiny.policy(1), beta=0.1, optimizer=optimizer, controller=controller
   )
   step_key = jax.random.key(9)
   rollout_key = jax.random.split(jax.random.fold_in(step_key, 0))[0]
   _, metrics = jax.jit(step)(
-    state, make_policy(2), make_reward_model(3), make_prompts(), step_key
+    state, tiny.policy(2), tiny.reward_model(3), tiny.prompts(), step_key
   )
-  found = run(make_policy(1), make_policy(2), rollout_key)
+  found = run(tiny.policy(1), tiny.policy(2), rollout_key)
   jax.tree.map(
     np.testing.assert_array_equal,
     found.rollout.sequences,
@@ -132,7 +98,7 @@ def test_figures_are_those_of_a_ppo_step(evaluation):
 
 
 def test_equal_models_are_at_kl_zero_exactly():
-  found = run(make_policy(1), make_policy(1))
+  found = run(tiny.policy(1), tiny.policy(1))
   for nats in (
     found.reverse_k1,
     found.reverse_k3,
@@ -165,12 +131,12 @@ def test_figures_are_sums_over_the_response(evaluation):
 
 
 def test_a_reference_of_another_architecture():
-  found = run(make_policy(1), make_policy(2, NARROW), narrow=True)
+  found = run(tiny.policy(1), tiny.policy(2, NARROW), narrow=True)
   assert (found.reverse_exact > 0).all()
 
 
 def test_no_gold(evaluation):
-  found = run(make_policy(1), make_policy(2), gold=None)
+  found = run(tiny.policy(1), tiny.policy(2), gold=None)
   assert found.gold is None
   np.testing.assert_array_equal(found.score, evaluation.score)
 
@@ -178,13 +144,13 @@ def test_no_gold(evaluation):
 def test_the_monitor_sees_what_a_prefix_hides():
   """Policy and reference are one; only one of them reads the prefix."""
   prefix = anchor.Prefix(size=2, begin=1)
-  policy = make_policy(1)
+  policy = tiny.policy(1)
   found = run(policy, policy, prefix=prefix)
   assert (found.reverse_exact == 0).all()
   assert (found.anchored > 1e-4).all() and found.anchored.mean() > 0.1
   sequences = jax.tree.map(jnp.asarray, found.rollout.sequences)
   clean = anchor.without_prefix(sequences, prefix)
-  score = rewards.from_model(MODEL)(make_reward_model(3), clean, 0)
+  score = rewards.from_model(MODEL)(tiny.reward_model(3), clean, 0)
   np.testing.assert_allclose(found.score, score, rtol=1e-4, atol=1e-5)
   assert found.anchored == by_hand(policy, sequences, clean)
 

@@ -21,6 +21,7 @@ from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.objective import exact, kl, logprobs, masking
 from rlhf_jax.steps import learner, ppo, reference, rollout
+from tests.steps import tiny
 
 V, R, BETA = 3, 3, 0.4
 STOP_IDS = (0,)
@@ -49,23 +50,11 @@ UNBIASED = [key for key in kl.PENALTIES if key[0] in kl.TARGETS]
 EXACT_TOKENS = "token_reverse", "rao_blackwellised"
 LISTING = exact.sequences(vocab_size=V, response_length=R, stop_ids=STOP_IDS)
 MASK = np.arange(R) < np.asarray(LISTING.lengths)[:, None]
-KEEP = optax.GradientTransformation(
-  lambda params: jax.tree.map(jnp.zeros_like, params),
-  lambda gradient, state, params: (
-    jax.tree.map(jnp.zeros_like, gradient),
-    gradient,
-  ),
-)
+KEEP = tiny.keep_gradient()
 
 
 def make_params(seed, value_scale=0.5):
-  params = {
-    "transformer": transformer.init(jax.random.key(0), MODEL),
-    "value_head": transformer.init_scalar_head(MODEL.width, use_bias=True),
-  }
-  rng = np.random.default_rng(seed)
-  draw = lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype)
-  params = jax.tree.map(draw, params)
+  params = tiny.policy(seed, MODEL)
   head = jax.tree.map(lambda x: value_scale * x, params["value_head"])
   return params | {"value_head": head}
 

@@ -14,21 +14,12 @@ from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.steps import optimizer as optimizer_lib
 from rlhf_jax.steps import ppo, reference, rewards, rollout
+from tests.steps import tiny
 
 B, P, R = 8, 4, 6
 BETA = 0.1
 STOP_IDS = (3, 7)
-MODEL = transformer.TransformerConfig(
-  vocab_size=13,
-  width=16,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  mlp_width=24,
-  max_length=32,
-  unroll=2,
-)
+MODEL = tiny.MODEL
 # One whole-batch update; the pad is a stop id; the chunks do not divide R.
 ONCE = ppo.PPOConfig(
   model=MODEL,
@@ -43,57 +34,7 @@ CONFIG = dataclasses.replace(
 )
 
 
-def keep_gradient(learning_rate):
-  """Plain SGD whose state is the gradient that it saw last."""
-  return optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda gradient, state, params: (
-      jax.tree.map(lambda g: -learning_rate * g, gradient),
-      gradient,
-    ),
-  )
-
-
-def make_policy(seed, scale=0.5, model=MODEL):
-  """Random in every leaf, so that stops come early and values are not 0."""
-  shapes = jax.eval_shape(lambda: initial_policy(model))
-  rng = np.random.default_rng(seed)
-  draw = lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
-  return jax.tree.map(draw, shapes)
-
-
-def initial_policy(model):
-  return {
-    "transformer": transformer.init(jax.random.key(0), model),
-    "value_head": transformer.init_scalar_head(model.width, use_bias=True),
-  }
-
-
-def make_reward_model(seed):
-  return {
-    "transformer": make_policy(seed)["transformer"],
-    "score_head": {"kernel": make_policy(seed + 1)["value_head"]["kernel"]},
-    "normalisation": {"mean": jnp.float32(0.5), "std": jnp.float32(2.0)},
-  }
-
-
-def make_prompts(size=P, garbage=0):
-  """The same words at every padded size; `garbage` fills the padding."""
-  rng = np.random.default_rng(7)
-  lengths = np.array([1, 2, 3, 4, 4, 3, 2, 1], np.int32)
-  tokens = np.full((B, size), garbage, np.int32)
-  for row, length in enumerate(lengths):
-    tokens[row, size - length :] = rng.integers(0, 13, P)[:length]
-  return types.Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
-
-
-def given_scores(reward_model, sequences, step):
-  """The scores are the reward model."""
-  del sequences, step
-  return reward_model
-
-
-def make_step(config, optimizer, score=given_scores, **options):
+def make_step(config, optimizer, score=tiny.given_scores, **options):
   controller = beta_lib.fixed()
   options |= {"score": score, "optimizer": optimizer, "controller": controller}
   return ppo.make_step(config, **options)
@@ -114,32 +55,14 @@ def start(policy, optimizer, beta=BETA):
 def run(step, optimizer, policy, *frozen, prompts=None, seed=0):
   """State and metrics after step 0, as numpy."""
   state = start(policy, optimizer)
-  prompts = make_prompts() if prompts is None else prompts
-  return to_numpy(step(state, *frozen, prompts, jax.random.key(seed)))
-
-
-def to_numpy(tree):
-  return jax.tree.map(lambda x: np.array(x), tree)
-
-
-def assert_same(found, wanted):
-  jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def assert_close(found, wanted, tolerance, floor=1e-9):
-  """Within `tolerance` of each leaf's largest value, or within `floor`."""
-
-  def compare(a, b):
-    atol = tolerance * np.abs(b).max(initial=0.0)
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=atol + floor)
-
-  jax.tree.map(compare, to_numpy(found), to_numpy(wanted))
+  prompts = tiny.prompts() if prompts is None else prompts
+  return tiny.to_numpy(step(state, *frozen, prompts, jax.random.key(seed)))
 
 
 ROUNDING = "rollout/logprob_max_abs_diff"  # No two programs agree on it.
 SGD = optax.sgd(0.03, momentum=0.9)
-KEEP = keep_gradient(0.5)
-SCORES = jnp.array([0.7, -1.9, 0.0, 2.5, -0.3, 1.0, 0.25, -4.0])
+KEEP = tiny.keep_gradient(0.5)
+SCORES = tiny.SCORES
 
 
 @pytest.fixture(scope="session")
@@ -155,8 +78,8 @@ def one_update():
 @pytest.fixture(scope="session")
 def models():
   """Policy, another model as its reference, and a reward model."""
-  other = reference.freeze(make_policy(1))
-  return make_policy(0), other, make_reward_model(2)
+  other = reference.freeze(tiny.policy(1))
+  return tiny.policy(0), other, tiny.reward_model(2)
 
 
 @pytest.fixture(scope="session")
@@ -178,16 +101,16 @@ def test_kl_is_zero_and_ratio_one_at_step_0(temperature, prompt_size, top_p):
     ONCE.rollout, temperature=temperature, top_p=top_p
   )
   config = dataclasses.replace(CONFIG, rollout=drawn)
-  policy = make_policy(0)
+  policy = tiny.policy(0)
   frozen = reference.freeze(policy)
   same_type = lambda a, b: a.dtype == b.dtype and a is not b
   same_type = jax.tree.map(
     same_type, frozen["transformer"], policy["transformer"]
   )
   assert all(jax.tree.leaves(same_type))
-  still = keep_gradient(0.0)
+  still = tiny.keep_gradient(0.0)
   step = compile_step(config, still)
-  prompts = make_prompts(prompt_size)
+  prompts = tiny.prompts(prompt_size)
   scalars = run(step, still, policy, frozen, SCORES, prompts=prompts)[1].scalars
   for name, value in scalars.items():
     if re.match("kl/(reverse|forward|per_token|penalty|clamp)", name):
@@ -233,15 +156,15 @@ def test_donation_takes_the_state_and_spares_the_frozen(step, models):
   policy, _, reward_model = models
   policy = jax.tree.map(jnp.copy, policy)
   frozen = reference.freeze(policy), reward_model
-  before = to_numpy(frozen)
+  before = tiny.to_numpy(frozen)
   state = ppo.init_state(
     policy, beta=BETA, optimizer=SGD, controller=beta_lib.fixed()
   )
   for _ in range(3):
     old = state
-    state, _ = step(old, *frozen, make_prompts(), jax.random.key(0))
+    state, _ = step(old, *frozen, tiny.prompts(), jax.random.key(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
-  assert_same(to_numpy(frozen), before)
+  tiny.assert_same(tiny.to_numpy(frozen), before)
   moved = state.params["transformer"]["embedding"]["tokens"]
   held = frozen[0]["transformer"]["embedding"]["tokens"]
   assert float(jnp.abs(moved - held).max()) > 1e-4
@@ -252,7 +175,7 @@ def test_one_compilation_serves_the_run(step, models):
   policy, *frozen = models
   state = start(policy, SGD)
   for _ in range(5):
-    state, _ = step(state, *frozen, make_prompts(), jax.random.key(0))
+    state, _ = step(state, *frozen, tiny.prompts(), jax.random.key(0))
   assert step._cache_size() == 1
   assert int(state.step) == 5
 
@@ -267,13 +190,13 @@ def test_no_model_among_the_constants():
   """Trap 21: and the check sees a reference that is closed over."""
   model = dataclasses.replace(MODEL, vocab_size=20_000, layers=1, unroll=1)
   config = dataclasses.replace(ONCE, model=model)
-  policy = make_policy(0, model=model)
+  policy = tiny.policy(0, model=model)
   held = reference.freeze(policy)
   assert held["transformer"]["embedding"]["tokens"].nbytes > 2**20
   step = make_step(config, SGD)
   closed = lambda state, held_, *rest: step(state, held, *rest)
   state = start(policy, SGD)
-  arguments = state, held, SCORES, make_prompts(), jax.random.key(0)
+  arguments = state, held, SCORES, tiny.prompts(), jax.random.key(0)
   assert largest_constant(jax.jit(step).lower(*arguments)) < 2**20
   assert largest_constant(jax.jit(closed).lower(*arguments)) > 2**20
 
@@ -291,15 +214,15 @@ def test_microbatches_add_up_to_the_whole(one_update, models, pieces):
   )
   lengths = wanted[1].samples.sequences.response_lengths
   assert len(set(lengths.tolist())) > 2
-  assert_close(found[0], wanted[0], 1e-5)
-  assert_close(found[1].scalars, wanted[1].scalars, 1e-5)
+  tiny.assert_close(found[0], wanted[0], 1e-5)
+  tiny.assert_close(found[1].scalars, wanted[1].scalars, 1e-5)
 
 
 def test_wider_prompts_change_nothing(one_update, models):
   """Traps 8, 18: loss, ledger and gradient; the tokens are the same."""
   policy, held, _ = models
   found, wanted = (
-    run(one_update, KEEP, policy, held, SCORES, prompts=make_prompts(size))
+    run(one_update, KEEP, policy, held, SCORES, prompts=tiny.prompts(size))
     for size in (7, P)
   )
   for name in ("response_tokens", "response_lengths"):
@@ -307,19 +230,19 @@ def test_wider_prompts_change_nothing(one_update, models):
     np.testing.assert_array_equal(*pair)
   for _, metrics in (found, wanted):
     assert metrics.scalars.pop(ROUNDING) < 1e-5
-  assert_close(found[1].scalars, wanted[1].scalars, 2e-5)
-  assert_close(found[0].optimizer, wanted[0].optimizer, 2e-5)
+  tiny.assert_close(found[1].scalars, wanted[1].scalars, 2e-5)
+  tiny.assert_close(found[0].optimizer, wanted[0].optimizer, 2e-5)
 
 
 def test_garbage_in_the_padding_changes_no_bit(step, models):
   """Trap 8: what a padded column holds reaches nothing."""
   results = []
   for garbage in (0, 11):
-    prompts = make_prompts(garbage=garbage)
+    prompts = tiny.prompts(garbage=garbage)
     state, metrics = run(step, SGD, *models, prompts=prompts)
     response = metrics.samples.sequences.response_tokens
     results.append((state, metrics.scalars, response))
-  assert_same(*results)
+  tiny.assert_same(*results)
 
 
 # What is sampled.
@@ -333,9 +256,9 @@ def test_scored_tokens_are_the_sampled_ones(models, first):
     lambda params, prompts, key: rollout.rollout(
       params, prompts, key, model=MODEL, config=ONCE.rollout
     )
-  )(policy["transformer"], make_prompts(), rollout_key)
+  )(policy["transformer"], tiny.prompts(), rollout_key)
   sequences = first.samples.sequences
-  assert_same(to_numpy(again.sequences), sequences)
+  tiny.assert_same(tiny.to_numpy(again.sequences), sequences)
   logprobs = full_logprobs(policy, sequences)
   difference = 0.0
   for row, length in enumerate(sequences.response_lengths):
@@ -574,9 +497,9 @@ def test_larger_beta_gives_smaller_kl():
   Trap 9: also under `vmap` the KL is 0 at step 0.
   """
   betas = np.array([0.0, 0.1, 1.0], np.float32)
-  policy = make_policy(0, scale=0.2)
+  policy = tiny.policy(0, scale=0.2)
   held = reference.freeze(policy)
-  prompts = jax.tree.map(lambda x: jnp.concatenate([x] * 4), make_prompts())
+  prompts = jax.tree.map(lambda x: jnp.concatenate([x] * 4), tiny.prompts())
   optimizer = optax.sgd(0.1, momentum=0.9)
   fives = lambda tokens, mask: 0.3 * ((tokens == 5) & mask).sum(1)
   options = {
@@ -599,13 +522,13 @@ def test_larger_beta_gives_smaller_kl():
   history = []
   for i in range(30):
     state, metrics = members(state, held, {}, prompts, jax.random.key(0))
-    history.append(to_numpy(metrics.scalars))
+    history.append(tiny.to_numpy(metrics.scalars))
     if i < 3:
       alone, metrics = step(alone, held, {}, prompts, jax.random.key(0))
       member, scalars = jax.tree.map(lambda x: x[1], (state, history[-1]))
       assert scalars.pop(ROUNDING) + metrics.scalars.pop(ROUNDING) < 1e-4
-      assert_close(member, alone, 1e-5)
-      assert_close(scalars, metrics.scalars, 1e-5, floor=1e-6)
+      tiny.assert_close(member, alone, 1e-5)
+      tiny.assert_close(scalars, metrics.scalars, 1e-5, floor=1e-6)
   np.testing.assert_array_equal(history[0]["kl/reverse_exact"], 0.0)
   np.testing.assert_array_equal(history[0]["kl/reverse_k1"], 0.0)
   mean = lambda name: np.mean([h[name] for h in history[-5:]], axis=0)
@@ -652,7 +575,7 @@ def test_full_size_models_trace(name):
   )
 
   def run():
-    policy = initial_policy(model)
+    policy = tiny.initial_policy(model)
     head = transformer.init_scalar_head(model.width, use_bias=False)
     reward_model = {
       "transformer": transformer.init(jax.random.key(1), model, lm_head=False),

@@ -9,32 +9,18 @@ import optax
 import pytest
 
 from rlhf_jax import types
-from rlhf_jax.models import transformer
 from rlhf_jax.steps import reward_model, rewards
+from tests.steps import tiny
 
-V = 11
-MODEL = transformer.TransformerConfig(
-  vocab_size=V,
-  width=16,
-  layers=1,
-  heads=2,
-  kv_heads=2,
-  head_size=8,
-  mlp_width=32,
-  max_length=16,
-)
+MODEL = tiny.SHALLOW
 CONFIG = reward_model.RewardModelConfig(MODEL)
 PAIR_SCORES = jax.jit(reward_model.pair_scores, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
 def params():
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), MODEL))
-  rng = np.random.default_rng(0)
-  normal = lambda leaf: 0.7 * rng.normal(size=leaf.shape)
-  network = jax.tree.map(lambda leaf: jnp.float32(normal(leaf)), shapes)
-  head = {"kernel": jnp.ones(16), "bias": jnp.float32(0.0)}
-  return {"transformer": network, "score_head": head}
+  trained = tiny.reward_model(0, MODEL, bias=True)
+  return {name: trained[name] for name in ("transformer", "score_head")}
 
 
 def make_sequences(responses, lengths) -> types.Sequences:

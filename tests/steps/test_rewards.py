@@ -12,18 +12,10 @@ import pytest
 from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.steps import rewards, sharding
+from tests.steps import tiny
 
-V, P, R, B = 11, 3, 4, 8
-MODEL = transformer.TransformerConfig(
-  vocab_size=V,
-  width=16,
-  layers=1,
-  heads=2,
-  kv_heads=2,
-  head_size=8,
-  mlp_width=32,
-  max_length=16,
-)
+P, R, B = 3, 4, 8
+MODEL, V = tiny.SHALLOW, tiny.SHALLOW.vocab_size
 PROMPT_LENGTHS = np.array([1, 2, 3, 3, 2, 1, 3, 2])
 RESPONSE_LENGTHS = np.array([0, 1, 4, 2, 3, 4, 1, 2])
 MASK = np.arange(R) < RESPONSE_LENGTHS[:, None]
@@ -32,19 +24,7 @@ SCORES = np.array([0.7, -1.9, 0.25, 1e-3, -0.5, 3.3, 0.0, 2.5], np.float32)
 
 @pytest.fixture(scope="module")
 def reward_model():
-  """Random weights; stored moments that are not 0 and 1."""
-  shapes = {
-    "transformer": jax.eval_shape(
-      lambda: transformer.init(jax.random.key(0), MODEL)
-    ),
-    "score_head": {"kernel": np.empty(16), "bias": np.empty(())},
-  }
-  rng = np.random.default_rng(0)
-  normal = lambda leaf: 0.7 * rng.normal(size=leaf.shape)
-  return {
-    **jax.tree.map(lambda leaf: jnp.float32(normal(leaf)), shapes),
-    "normalisation": {"mean": jnp.float32(0.5), "std": jnp.float32(2.0)},
-  }
+  return tiny.reward_model(0, MODEL, bias=True)
 
 
 def make_sequences(garbage=0) -> types.Sequences:

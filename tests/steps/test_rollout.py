@@ -12,22 +12,13 @@ from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import masking
 from rlhf_jax.steps import rollout
+from tests.steps import tiny
 
-V, P, R = 11, 4, 6
+P, R = 4, 6
 LENGTHS = np.array([1, 4, 2, 3, 4, 1])
 B = len(LENGTHS)
 
-LLAMA = transformer.TransformerConfig(
-  vocab_size=V,
-  width=16,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  mlp_width=32,
-  max_length=32,
-  unroll=2,
-)
+LLAMA, SMALL, V = tiny.MODEL, tiny.SHALLOW, tiny.MODEL.vocab_size
 GPT2 = dataclasses.replace(
   LLAMA,
   kv_heads=4,
@@ -37,7 +28,6 @@ GPT2 = dataclasses.replace(
   attention_bias=True,
   mlp_bias=True,
 )
-SMALL = dataclasses.replace(LLAMA, layers=1, unroll=1)
 NETWORKS = {
   "llama": LLAMA,
   "scanned layers": dataclasses.replace(LLAMA, unroll=1),
@@ -47,22 +37,14 @@ NETWORKS = {
 STOP = rollout.RolloutConfig(response_length=R, stop_ids=(2, 3), pad_id=9)
 
 
-@functools.cache
-def make_params(model, seed=0):
-  """Random everywhere, norms and biases too, and far from uniform logits."""
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
-  rng = np.random.default_rng(seed)
-  normal = lambda leaf: 0.5 * rng.normal(size=leaf.shape)
-  return jax.tree.map(lambda leaf: jnp.float32(normal(leaf)), shapes)
+make_params = functools.cache(lambda model, seed=0: tiny.network(seed, model))
 
 
 def make_prompts(size=P, pad=0, lengths=LENGTHS):
   """Left-padded to `size`; the real tokens do not depend on the padding."""
   rng = np.random.default_rng(0)
-  tokens = np.full((len(lengths), size), pad, np.int32)
-  for row, length in enumerate(lengths):
-    tokens[row, size - length :] = rng.integers(V, size=length)
-  return types.Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
+  rows = [rng.integers(V, size=length) for length in lengths]
+  return tiny.left_padded(rows, size, pad)
 
 
 @functools.cache

@@ -12,18 +12,10 @@ import pytest
 from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.steps import sft
+from tests.steps import tiny
 
-V, T = 11, 9
-MODEL = transformer.TransformerConfig(
-  vocab_size=V,
-  width=16,
-  layers=1,
-  heads=2,
-  kv_heads=2,
-  head_size=8,
-  mlp_width=32,
-  max_length=16,
-)
+T = 9
+MODEL, V = tiny.SHALLOW, tiny.SHALLOW.vocab_size
 CONFIG = sft.SFTConfig(MODEL)
 # Tokens, and how many of them are prompt.
 TEXTS = [([3, 1, 4, 1], 2), ([5, 9, 2], 1), ([6, 5, 3, 5, 8], 0)]
@@ -31,11 +23,7 @@ TEXTS = [([3, 1, 4, 1], 2), ([5, 9, 2], 1), ([6, 5, 3, 5, 8], 0)]
 
 @pytest.fixture(scope="module")
 def params():
-  shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), MODEL))
-  rng = np.random.default_rng(0)
-  normal = lambda leaf: 0.7 * rng.normal(size=leaf.shape)
-  network = jax.tree.map(lambda leaf: jnp.float32(normal(leaf)), shapes)
-  return {"transformer": network}
+  return {"transformer": tiny.network(0, MODEL)}
 
 
 def pack(rows, pad=0) -> types.PackedTexts:

@@ -1,6 +1,7 @@
 """Texts in PPO's loss, against the loss written out."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,25 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import types
 from rlhf_jax.data import arrays
 from rlhf_jax.models import transformer
 from rlhf_jax.objective import beta as beta_lib
 from rlhf_jax.steps import ppo, reference, rollout, sharding, text_mix
+from tests.steps import tiny
 
 B, P, R, N, T = 8, 4, 5, 4, 10
 BETA, GAMMA = 0.1, 0.7
-MODEL = transformer.TransformerConfig(
-  vocab_size=13,
-  width=16,
-  layers=1,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  mlp_width=24,
-  max_length=32,
-  unroll=1,
-)
+MODEL, SCORES = tiny.SHALLOW, tiny.SCORES
 CONFIG = ppo.PPOConfig(
   model=MODEL,
   rollout=rollout.RolloutConfig(
@@ -37,7 +28,6 @@ CONFIG = ppo.PPOConfig(
   logits_per_chunk=8 * N * 13,  # Chunks that do not divide S = T − 1.
 )
 KINDS = "nll", "forward_kl", "reverse_kl"
-SCORES = jnp.array([0.7, -1.9, 0.0, 2.5, -0.3, 1.0, 0.25, -4.0])
 # Its state is the sum of the gradients that it saw; the policy stays.
 SUM = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -46,18 +36,6 @@ SUM = optax.GradientTransformation(
     jax.tree.map(jnp.add, state, gradient),
   ),
 )
-
-
-def make_policy(seed):
-  shapes = jax.eval_shape(
-    lambda: {
-      "transformer": transformer.init(jax.random.key(0), MODEL),
-      "value_head": transformer.init_scalar_head(16, use_bias=True),
-    }
-  )
-  rng = np.random.default_rng(seed)
-  draw = lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype)
-  return jax.tree.map(draw, shapes)
 
 
 def make_pairs():
@@ -78,19 +56,13 @@ def make_texts(garbage=0):
   return packed
 
 
-def make_prompts():
-  tokens = np.random.default_rng(7).integers(0, 13, (B, P), np.int32)
-  lengths = np.array([1, 2, 3, 4, 4, 3, 2, 1], np.int32)
-  return types.Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
-
-
-BATCH = text_mix.Batch(make_prompts(), make_texts())
+BATCH = text_mix.Batch(tiny.prompts(), make_texts())
 
 
 def make_step(config, optimizer=SUM):
   return ppo.make_step(
     config,
-    score=lambda scores, sequences, step: scores,
+    score=tiny.given_scores,
     optimizer=optimizer,
     controller=beta_lib.fixed(),
   )
@@ -98,7 +70,7 @@ def make_step(config, optimizer=SUM):
 
 def start(optimizer=SUM, beta=BETA):
   return ppo.init_state(
-    make_policy(0),
+    tiny.policy(0, MODEL),
     beta=beta,
     optimizer=optimizer,
     controller=beta_lib.fixed(),
@@ -122,7 +94,7 @@ def mixed(kind, coefficient=GAMMA, **fields):
 
 @pytest.fixture(scope="module")
 def other():
-  return reference.freeze(make_policy(1))
+  return reference.freeze(tiny.policy(1, MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +139,13 @@ def _log_softmax(params, tokens):
   return jax.nn.log_softmax(hidden @ head.T)
 
 
-def assert_close(found, wanted, tolerance=1e-5):
-  """Within `tolerance` of each leaf's largest value."""
-
-  def compare(a, b):
-    atol = tolerance * np.abs(b).max(initial=0.0)
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=atol + 1e-7)
-
-  jax.tree.map(compare, found, wanted)
+assert_close = functools.partial(tiny.assert_close, tolerance=1e-5, floor=1e-7)
 
 
 @pytest.fixture(scope="module")
 def oracle(other):
   """Kind → the mean over predicted tokens, and its gradient."""
-  policy = make_policy(0)
+  policy = tiny.policy(0, MODEL)
   values, pull_back = jax.vjp(lambda params: means(params, other), policy)
   zeros = {kind: jnp.zeros(()) for kind in KINDS}
   one = lambda kind: zeros | {kind: jnp.ones(())}
@@ -218,7 +183,7 @@ def test_minibatches_and_epochs_see_every_text(other, oracle):
   added = jax.tree.map(np.subtract, state.optimizer, without.optimizer)
   # Two minibatches of three epochs, each with half of the tokens.
   wanted = jax.tree.map(lambda x: 6 * GAMMA * x, oracle[kind][1])
-  assert_close(added, wanted, 3e-5)
+  assert_close(added, wanted, tolerance=3e-5)
   np.testing.assert_allclose(
     metrics.scalars[f"mix/{kind}"], oracle[kind][0], rtol=1e-5
   )
@@ -232,7 +197,7 @@ def test_a_nat_costs_reward_units_beside_whitened_advantages(other):
     run(config, other),
     run(small, other, scores=10 * SCORES, beta=10 * BETA),
   )
-  assert_close(found[0].optimizer, wanted[0].optimizer, 1e-4)
+  assert_close(found[0].optimizer, wanted[0].optimizer, tolerance=1e-4)
 
 
 def test_coefficient_0_is_no_mix(other):
@@ -245,7 +210,7 @@ def test_coefficient_0_is_no_mix(other):
   wanted, figures = run(
     dataclasses.replace(CONFIG, **fields), other, BATCH.prompts, optimizer
   )
-  assert_close(found, wanted, 1e-6)
+  assert_close(found, wanted, tolerance=1e-6)
   assert {*metrics.scalars} == {*figures.scalars} | {
     f"mix/{kind}" for kind in KINDS
   }
@@ -254,7 +219,7 @@ def test_coefficient_0_is_no_mix(other):
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 def test_the_kls_are_0_where_the_policy_is_the_reference(kind):
   """Value and gradient, to rounding."""
-  held = reference.freeze(make_policy(0))
+  held = reference.freeze(tiny.policy(0, MODEL))
   state, metrics = run(mixed(kind), held)
   without = run(CONFIG, held, BATCH.prompts)[0]
   for name in ("forward_kl", "reverse_kl"):
@@ -292,7 +257,7 @@ def test_members_have_their_own_texts(other):
   for index, batch in enumerate(batches):
     wanted = run(config, other, batch)
     mine = jax.tree.map(lambda x, i=index: np.asarray(x[i]), found)
-    assert_close(mine[0].optimizer, wanted[0].optimizer, 3e-5)
+    assert_close(mine[0].optimizer, wanted[0].optimizer, tolerance=3e-5)
     np.testing.assert_allclose(
       mine[1].scalars["mix/nll"], wanted[1].scalars["mix/nll"], rtol=1e-5
     )
@@ -313,6 +278,6 @@ def test_many_devices_are_one(other):
     compiled(state, *rest)
   found = jax.tree.map(np.asarray, (state.optimizer, metrics.scalars))
   wanted = run(config, other)
-  assert_close(found[0], wanted[0].optimizer, 1e-4)
+  assert_close(found[0], wanted[0].optimizer, tolerance=1e-4)
   for name in ("mix/nll", "mix/forward_kl"):
     np.testing.assert_allclose(found[1][name], wanted[1].scalars[name], 1e-5)

@@ -57,12 +57,14 @@ def policy(seed, model=MODEL, scale=0.5) -> types.Params:
   return random_like(lambda: initial_policy(model), seed, scale)
 
 
-def reward_model(seed, model=MODEL, *, mean=0.5, std=2.0) -> types.Params:
+def reward_model(
+  seed, model=MODEL, *, mean=0.5, std=2.0, bias=False
+) -> types.Params:
   """Random weights; stored moments that are not 0 and 1."""
-  kernel = policy(seed + 1, model)["value_head"]["kernel"]
+  head = policy(seed + 1, model)["value_head"]
   return {
     "transformer": policy(seed, model)["transformer"],
-    "score_head": {"kernel": kernel},
+    "score_head": head if bias else {"kernel": head["kernel"]},
     "normalisation": {"mean": jnp.float32(mean), "std": jnp.float32(std)},
   }
 
