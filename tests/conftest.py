@@ -11,13 +11,10 @@ import jax
 from jaxtyping import install_import_hook
 import pytest
 
-# Before JAX starts its backend. Tests compile much and compute little: code
-# that is not optimised halves their time.
-_FLAGS = (
-  "--xla_force_host_platform_device_count=8",
-  "--xla_backend_optimization_level=0",
+# Before JAX starts its backend.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 
 # All modules whose functions carry shapes. Not `types`: tree.map, vmap and

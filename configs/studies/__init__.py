@@ -37,7 +37,6 @@ def add_training(config: ConfigDict, *, steps: int) -> None:
 def shrink(training: ConfigDict) -> None:
   """Makes PPO, and what comes before it, a matter of seconds."""
   for stage in (training, *training.pipeline.values()):
-    stage.mesh.data = 1  # More devices are more to compile.
     stage.model.width = 16
     stage.model.layers = 1
     stage.model.heads = stage.model.kv_heads = 2

@@ -12,8 +12,17 @@ from typing import Any
 import pytest
 
 from rlhf_jax import errors
+from rlhf_jax.settings import devices
 from rlhf_jax.stages import pipeline
 from rlhf_jax.studies import study
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _divided():
+  """Devices are cores, as in `launch.study`: a run has one, a sweep all."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(devices, "_divided", True)
+    yield
 
 
 def _config(request: pytest.FixtureRequest, arg: str):
