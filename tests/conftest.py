@@ -40,16 +40,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE  # For commands that are run.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# Folders and files whose tests are quick, and see the maths.
-_QUICK = ("objective/",)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Marks the tests that are `quick`."""
-  tests = pathlib.Path(__file__).parent
+  """Tests of the maths are `quick`, but for those that are marked `slow`."""
+  maths = pathlib.Path(__file__).parent / "objective"
   for item in items:
-    name = item.path.relative_to(tests).as_posix()
-    if name.startswith(_QUICK):
+    if maths in item.path.parents and not item.get_closest_marker("slow"):
       item.add_marker(pytest.mark.quick)
 
 

@@ -460,6 +460,7 @@ def test_listed_logprobs_and_scores(problem):
     assert scores[s] == reward_of(response, problem)
 
 
+@pytest.mark.slow
 def test_a_quarter_of_a_million_responses():
   """V = 8, R = 6: 262,144 of them, in float64, in less than 10 s.
 

@@ -371,6 +371,7 @@ def state_values(problem, penalty):
   return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", SEQUENCE_REVERSE, ids="-".join)
 def test_with_true_values_every_lambda_gives_the_same_gradient(
   name, problem, key
@@ -409,6 +410,7 @@ def test_the_penalty_is_counted_once(name, problem, key):
   np.testing.assert_allclose((high - low) / 0.5, wanted, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "key", [key for key in UNBIASED if key not in SEQUENCE_REVERSE], ids="-".join
 )

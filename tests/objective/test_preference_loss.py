@@ -379,6 +379,7 @@ def world():
     yield World()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo_loss", "robust_dpo_loss"])
 def test_its_minimum_is_the_closed_form(world, name):
   """π* ∝ π_ref exp(r/β); robust learns it from labels of which 20 % lie."""
@@ -420,6 +421,7 @@ def test_ipos_minimum_is_that_of_its_own_reward(world):
     assert world.reached(policy, world.table(scores)) > 0.9999
 
 
+@pytest.mark.slow
 def test_chi_pos_minimum_is_regularised_by_chi_squared(world):
   """It maximises E[r] − β (KL + χ²/2): no direction goes up from there."""
   with jax.enable_x64(True):

@@ -91,6 +91,7 @@ def first(step, models):
 # Step 0, where reference and policy are the same.
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   "temperature, prompt_size, top_p",
   [(0.5, 4, 1.0), (1.0, 7, 0.6), (1.3, 11, 1.0)],
@@ -424,6 +425,7 @@ def test_far_references_stay_finite_and_are_counted(step, models):
   assert all(jax.tree.leaves(finite))
 
 
+@pytest.mark.quick
 def test_losses_are_those_of_the_definition(one_update, models):
   """Two epochs on one batch, sums over t and k written out."""
   policy, held, _ = models
