@@ -152,6 +152,15 @@ def test_a_signal_during_the_last_step_stops_what_would_follow(
   jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
 
 
+@pytest.fixture
+def interruptible():
+  """Python's own handler, which a process in the background may lack."""
+  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_as_ever(tmp_path):
   before = handlers()
   stage = Trivial(tmp_path)

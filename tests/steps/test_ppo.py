@@ -136,7 +136,7 @@ def test_the_ratio_is_to_the_policy_that_sampled(monkeypatch):
 
   monkeypatch.setattr(rollout, "rollout", surer)
   model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
-  policy, still = make_policy(0), keep_gradient(0.0)
+  policy, still = tiny.policy(0), tiny.keep_gradient()
   step = compile_step(dataclasses.replace(ONCE, model=model), still)
   _, metrics = run(step, still, policy, reference.freeze(policy), SCORES)
   scalars = metrics.scalars
