@@ -23,6 +23,7 @@ from rlhf_jax.settings import roles
 from rlhf_jax.steps import rewards
 from rlhf_jax.storage import pretrained
 from rlhf_jax.text import toy_language
+from tests import tiny_network
 
 B, R, PROMPTS = 8, 8, 20  # Batches do not divide the prompts.
 
@@ -32,12 +33,7 @@ def tiny(*overrides):
   config = defaults.get_config()
   sizes = [
     "stage=evaluate",
-    "model.width=16",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.head_size=8",
-    "model.mlp_width=16",
+    *tiny_network.SIZES,
     f"rollout.response_length={R}",
     f"rollout.stop_ids={tuple(range(2, 30))}",  # Responses of all lengths.
     f"train.batch_size={B}",

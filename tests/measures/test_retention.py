@@ -14,6 +14,7 @@ from rlhf_jax.measures import retention
 from rlhf_jax.models import transformer
 from rlhf_jax.storage import pretrained
 from rlhf_jax.text import toy_language
+from tests import tiny_network
 
 SIZE = 32
 
@@ -22,12 +23,7 @@ def tiny(*overrides):
   config = defaults.get_config()
   sizes = [
     "stage=evaluate",
-    "model.width=16",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.head_size=8",
-    "model.mlp_width=16",
+    *tiny_network.SIZES,
     f"data.sequence_length={SIZE}",
     "train.batch_size=4",
     "evaluate.prompts=12",

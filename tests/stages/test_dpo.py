@@ -18,6 +18,7 @@ from rlhf_jax.steps import dpo as dpo_step
 from rlhf_jax.storage import checkpoint, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
+from tests import tiny_network
 
 B, STEPS, EVERY, BETA = 8, 4, 2, 0.1
 LOSSES = {
@@ -40,12 +41,7 @@ def tiny(*overrides):
   """A config of seconds: one narrow layer, few steps, a mesh of one device."""
   config = dpo.get_config().copy_and_resolve_references()
   sizes = [
-    "model.width=16",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.head_size=8",
-    "model.mlp_width=16",
+    *tiny_network.SIZES,
     "rollout.response_length=8",
     "optimizer.learning_rate=0.01",
     f"kl.beta={BETA}",

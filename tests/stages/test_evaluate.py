@@ -20,6 +20,7 @@ from rlhf_jax.stages import pipeline
 from rlhf_jax.storage import pretrained
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import toy_language
+from tests import tiny_network
 
 PROMPTS, R = 12, 8
 
@@ -28,12 +29,7 @@ def tiny(*overrides):
   """A config of seconds: one narrow layer, a mesh of one device."""
   config = defaults.get_config()
   sizes = [
-    "model.width=16",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.head_size=8",
-    "model.mlp_width=16",
+    *tiny_network.SIZES,
     f"rollout.response_length={R}",
     f"rollout.stop_ids={tuple(range(2, 30))}",  # Responses of all lengths.
     "train.batch_size=8",

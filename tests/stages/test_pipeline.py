@@ -14,6 +14,7 @@ from rlhf_jax.models import convert
 from rlhf_jax.stages import pipeline as pipeline_lib
 from rlhf_jax.storage import checkpoint, export, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
+from tests import tiny_network
 
 BETAS = (0.0, 0.3)
 CONTROLLER = ("kl.controller=dual", "kl.target=0.1")
@@ -25,12 +26,7 @@ def shrunk(config, *overrides):
   config = config.copy_and_resolve_references()
   for stage in (config, *config.pipeline.values()):
     sizes = [
-      "model.width=16",
-      "model.layers=1",
-      "model.heads=2",
-      "model.kv_heads=2",
-      "model.head_size=8",
-      "model.mlp_width=16",
+      *tiny_network.SIZES,
       "rollout.response_length=8",
       "data.size=64",
       "train.batch_size=8",

@@ -18,6 +18,7 @@ from rlhf_jax.stages import pipeline
 from rlhf_jax.steps import rewards
 from rlhf_jax.storage import checkpoint, pretrained
 from rlhf_jax.storage import workdir as workdir_lib
+from tests import tiny_network
 
 STEPS = 4
 PAIRS = [
@@ -32,12 +33,7 @@ def tiny(*overrides):
   """A config of seconds: one narrow layer, few steps, a mesh of one device."""
   config = reward_model.get_config()
   sizes = [
-    "model.width=16",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.head_size=8",
-    "model.mlp_width=16",
+    *tiny_network.SIZES,
     "rollout.response_length=8",
     "train.batch_size=8",
     f"train.steps={STEPS}",

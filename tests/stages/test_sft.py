@@ -10,6 +10,7 @@ from rlhf_jax.data import batches, texts
 from rlhf_jax.stages import pipeline
 from rlhf_jax.storage import checkpoint, pretrained
 from rlhf_jax.text import toy_language
+from tests import tiny_network
 
 STEPS = 4
 
@@ -18,12 +19,7 @@ def tiny(*overrides):
   """A config of seconds: one narrow layer, few steps, a mesh of one device."""
   config = sft.get_config()
   sizes = [
-    "model.width=16",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.head_size=8",
-    "model.mlp_width=16",
+    *tiny_network.SIZES,
     "rollout.response_length=8",
     "data.size=64",
     "train.batch_size=8",

@@ -13,6 +13,7 @@ from rlhf_jax.settings import devices, roles, static
 from rlhf_jax.stages import pipeline, sweep
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.storage import checkpoint
+from tests import tiny_network
 
 BETAS, SEEDS = (0.0, 0.3), (0, 7)
 
@@ -22,12 +23,7 @@ def shrunk(*overrides):
   config = ppo.toy()
   for stage in (config, *config.pipeline.values()):
     sizes = [
-      "model.width=16",
-      "model.layers=1",
-      "model.heads=2",
-      "model.kv_heads=2",
-      "model.head_size=8",
-      "model.mlp_width=16",
+      *tiny_network.SIZES,
       "rollout.response_length=8",
       "data.size=64",
       "train.batch_size=8",
