@@ -13,6 +13,10 @@ How learning is judged was changed once: the rule first had the iterations to 75
 % of the gain, in which seeds 0 to 3 resolve nothing. Since then, at 128 tokens:
 seeds 0 to 3, on which it was made, +0.055 (0.019 to 0.092); 4 to 7 +0.055
 (0.024 to 0.085); 10 to 13 +0.028 (−0.011 to 0.067).
+
+On another machine the same seeds gave +0.005 (−0.028 to 0.037), and the verdict
+was "holds when it is about the estimates": rounding moves what PPO samples, and
+the part on learning is weaker than its verdict here.
 """
 
 from ml_collections import ConfigDict
