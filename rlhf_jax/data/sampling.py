@@ -16,6 +16,9 @@ from rlhf_jax.steps import rollout, sharding
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.text import tokenizer as tokenizer_lib
 
+# Compiled once for all who ask with the same settings.
+_rollout = jax.jit(rollout.rollout, static_argnames=("model", "config"))
+
 
 def prompts_array(
   prompts: Sequence[str] | Sequence[list[int]],
@@ -63,10 +66,8 @@ def sample(
   rollout_config = static.rollout_config(config, pretrained)
   params = pretrained.params["transformer"]
   params = jax.device_put(params, sharding.shardings(params, mesh))
-  draw = jax.jit(
-    functools.partial(
-      rollout.rollout, model=pretrained.model, config=rollout_config
-    )
+  draw = functools.partial(
+    _rollout, model=pretrained.model, config=rollout_config
   )
   key = jax.random.key(seed)
   return batches.map_rows(

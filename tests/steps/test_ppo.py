@@ -216,7 +216,8 @@ def test_microbatches_add_up_to_the_whole(one_update, models, pieces):
   lengths = wanted[1].samples.sequences.response_lengths
   assert len(set(lengths.tolist())) > 2
   tiny.assert_close(found[0], wanted[0], 1e-5)
-  tiny.assert_close(found[1].scalars, wanted[1].scalars, 1e-5)
+  # Means whose terms cancel are as exact as a term is.
+  tiny.assert_close(found[1].scalars, wanted[1].scalars, 1e-5, floor=1e-7)
 
 
 def test_wider_prompts_change_nothing(one_update, models):
