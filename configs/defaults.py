@@ -39,9 +39,10 @@ def get_config() -> ConfigDict:
   config.model.norm_epsilon = 1e-5
   config.model.positions = "rope"  # rope, learned
   config.model.rope_theta = 10_000.0
-  config.model.activation = "swiglu"  # swiglu, gelu
+  config.model.activation = "swiglu"  # swiglu, geglu, gelu, gelu_exact, relu
   config.model.tie_embeddings = True
-  config.model.attention_bias = False
+  config.model.qkv_bias = False
+  config.model.out_bias = False
   config.model.mlp_bias = False
   config.model.compute_dtype = "float32"  # float32, bfloat16
   config.model.unroll = 0  # layers per scan step; 0: all (small models)

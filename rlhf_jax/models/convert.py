@@ -55,7 +55,8 @@ def load(
   template = _template(config, reward_model)
   wanted = jax.eval_shape(lambda x: layouts.to_hf(x, family.weights), template)
   shapes = {name: tensor.shape for name, tensor in wanted.items()}
-  ignored = family.ignored + "|lm_head.weight" * config.tie_embeddings
+  (head,) = family.weights["lm_head/kernel"].names
+  ignored = family.ignored + f"|{head}" * config.tie_embeddings
   with hf_files.open_tensors(directory, prefix=family.prefix) as tensors:
     hf_files.check_tensors(
       tensors, shapes, ignored=ignored, where=str(directory)

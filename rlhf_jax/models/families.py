@@ -4,36 +4,28 @@ A `Family` is two tables, each read in both directions: the fields of
 `config.json` against those of `TransformerConfig`, and the names and layouts
 of the weights against the paths of our tree. `convert` moves the arrays.
 
-Left out: every family but Llama and GPT-2, rope types but Llama 3's (each
-needs its own parity test), and code that a model directory brings along.
+To add a family: its `Family` here, in `FAMILIES`; its weights in `layouts`; a
+field of `TransformerConfig` for what no other family has, and how it is
+computed; a rule in `steps.sharding` for a new weight; a model in
+`tests/models/zoo.py`, for which every test of parity then runs.
+
+Left out: mixtures of experts, and code that a model directory brings along.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, Literal
-
-import numpy as np
+import types
+from typing import Any, Literal, get_args, get_origin
 
 from rlhf_jax import errors
-from rlhf_jax.models import layouts, transformer
+from rlhf_jax.models import fields, layouts, transformer
+from rlhf_jax.models.fields import Reader
 
-_ROPE_SCALING = {  # Ours → Hugging Face's.
-  "factor": "factor",
-  "low_frequency_factor": "low_freq_factor",
-  "high_frequency_factor": "high_freq_factor",
-  "original_max_length": "original_max_position_embeddings",
-}
-# Fields that say how to run the network or are written by `_rope_to_hf`.
-_NOT_IN_TABLE = {
-  "rope_theta",
-  "rope_scaling",
-  "compute_dtype",
-  "unroll",
-  "remat",
-}
+# Fields of ours that say how to run the network, and not what it computes.
+_HOW_TO_RUN = ("compute_dtype", "unroll", "remat")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
   """A model family's names.
 
@@ -47,6 +39,11 @@ class Family:
     defaults: What their field means where it is absent.
     derived: What their field means where it is null.
     only: Their fields of which we support some values, the usual one first.
+    named: Their field → ours and what its values mean there.
+    readers: Of fields that are more than one value.
+    whole_heads: Whether the width must be a multiple of the heads.
+    inert: Their fields that change nothing that is computed here: dropout,
+      how weights begin, ids, caches.
     ignored: Regex of tensors that are buffers, not weights.
     weights: Path in our tree → tensors there.
   """
@@ -54,58 +51,270 @@ class Family:
   model_type: str
   language_model: str
   reward_model: str
-  prefix: str
+  prefix: str = "model."
   fields: dict[str, str]
-  fixed: dict[str, Any]
-  defaults: dict[str, Any]
-  derived: dict[str, Callable[[dict[str, Any]], int]]
-  only: dict[str, tuple[Any, ...]]
-  ignored: str
+  fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+  defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+  derived: dict[str, Callable[[dict[str, Any]], int]] = dataclasses.field(
+    default_factory=dict
+  )
+  only: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+  named: dict[str, tuple[str, dict[Any, Any]]] = dataclasses.field(
+    default_factory=dict
+  )
+  readers: tuple[Reader, ...] = ()
+  whole_heads: bool = False
+  inert: frozenset[str] = frozenset()
+  ignored: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
   weights: dict[str, layouts.Weight]
 
 
-LLAMA = Family(
-  model_type="llama",
-  language_model="LlamaForCausalLM",
-  reward_model="LlamaForSequenceClassification",
-  prefix="model.",
-  fields={
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "mlp_width": "intermediate_size",
-    "max_length": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-  },
-  fixed={"norm": "rms", "positions": "rope", "activation": "swiglu"},
-  defaults={
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "rope_parameters": None,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-  },
-  derived={
-    "num_key_value_heads": lambda hf: hf["num_attention_heads"],
-    "head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"],
-  },
-  only={"hidden_act": ("silu",)},
-  ignored=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-  weights=layouts.llama(),
+_SIZES = {
+  "vocab_size": "vocab_size",
+  "width": "hidden_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "max_length": "max_position_embeddings",
+  "tie_embeddings": "tie_word_embeddings",
+}
+_LLAMA_SIZES = _SIZES | {
+  "kv_heads": "num_key_value_heads",
+  "mlp_width": "intermediate_size",
+  "norm_epsilon": "rms_norm_eps",
+  "head_size": "head_dim",
+}
+_ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+_MLP_BIAS = {"mlp_bias": "mlp_bias"}
+_LLAMA_DERIVED = {
+  "num_key_value_heads": lambda hf: hf["num_attention_heads"],
+  "head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"],
+}
+_LLAMA_DEFAULTS = {
+  "head_dim": None,
+  "num_key_value_heads": None,
+  "hidden_act": "silu",
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": False,
+}
+_SILU = {"hidden_act": ("silu",)}
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+_INERT = frozenset(
+  {
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "pretraining_tp",
+    "use_cache",
+  }
 )
 
-GPT2 = Family(
+
+def _llama_like(
+  model_type: str, name: str, *, sizes: dict[str, str] | None = None, **given
+) -> Family:
+  """A family whose network is a Llama but for what is given."""
+  usual: dict[str, Any] = {
+    "fields": _LLAMA_SIZES | (sizes or {}),
+    "derived": _LLAMA_DERIVED,
+    "only": _SILU,
+    "readers": (fields.rotary(),),
+    "inert": _INERT,
+    "weights": layouts.llama(),
+  }
+  given["defaults"] = _LLAMA_DEFAULTS | given.get("defaults", {})
+  return Family(
+    model_type=model_type,
+    language_model=f"{name}ForCausalLM",
+    reward_model=f"{name}ForSequenceClassification",
+    **(usual | given),
+  )
+
+
+_LLAMA = _llama_like(
+  "llama",
+  "Llama",
+  sizes=_ATTENTION_BIAS | _MLP_BIAS,
+  defaults=_NO_BIASES,
+  whole_heads=True,
+)
+_MISTRAL = _llama_like(
+  "mistral",
+  "Mistral",
+  readers=(fields.rotary(), fields.WINDOW_EVERYWHERE),
+)
+_SMOLLM3 = _llama_like(
+  "smollm3",
+  "SmolLM3",
+  sizes=_ATTENTION_BIAS | _MLP_BIAS,
+  defaults={"tie_word_embeddings": True, "use_sliding_window": False}
+  | _NO_BIASES,
+  only=_SILU | {"use_sliding_window": (False,)},
+  readers=(fields.rotary(), fields.UNTURNED_LAYERS),
+  inert=_INERT | {"sliding_window", "layer_types"},
+)
+_QWEN2 = _llama_like(
+  "qwen2",
+  "Qwen2",
+  fixed={"qkv_bias": True},
+  readers=(fields.rotary(), fields.WINDOW_IF_USED),
+)
+_QWEN3 = _llama_like(
+  "qwen3",
+  "Qwen3",
+  sizes=_ATTENTION_BIAS,
+  fixed={"qk_norm": "head"},
+  defaults={"head_dim": 128, "attention_bias": False},
+  readers=(fields.rotary(), fields.WINDOW_IF_USED),
+)
+_PHI3 = _llama_like(
+  "phi3",
+  "Phi3",
+  defaults={"rms_norm_eps": 1e-5},
+  readers=(
+    fields.rotary(partial="partial_rotary_factor"),
+    fields.WINDOW_EVERYWHERE,
+  ),
+  inert=_INERT | {"resid_pdrop", "embd_pdrop"},
+  weights=layouts.llama(fused=True),
+)
+_OLMO2 = _llama_like(
+  "olmo2",
+  "Olmo2",
+  sizes=_ATTENTION_BIAS,
+  fixed={"norms_before": False, "norms_after": True, "qk_norm": "heads"},
+  defaults={"rms_norm_eps": 1e-5, "attention_bias": False},
+  weights=layouts.llama(norms=layouts.OLMO2_NORMS, qk_norm_axes=3),
+)
+
+_GEMMA_FIXED = {
+  "norm_plus_one": True,
+  "scale_embeddings": True,
+  "activation": "geglu",
+}
+_GEMMA_DEFAULTS = {
+  "head_dim": 256,
+  "tie_word_embeddings": True,
+  "attention_bias": False,
+  "use_bidirectional_attention": None,
+  "hidden_act": "gelu_pytorch_tanh",
+  "hidden_activation": None,
+}
+_GELU = ("gelu_pytorch_tanh",)
+_CAUSAL = {"use_bidirectional_attention": (None, False)}
+# Gemma 1 was published as "gelu" and meant, and was run, as tanh's GELU.
+_GEMMA = _llama_like(
+  "gemma",
+  "Gemma",
+  sizes=_ATTENTION_BIAS,
+  fixed=_GEMMA_FIXED,
+  defaults=_GEMMA_DEFAULTS,
+  only={"hidden_act": (*_GELU, "gelu_new"), **_CAUSAL},
+  inert=_INERT | {"hidden_activation"},
+)
+_CAPS = {
+  "attention_softcap": "attn_logit_softcapping",
+  "attention_scalar": "query_pre_attn_scalar",
+}
+_GEMMA2_LIKE = {
+  "sizes": _ATTENTION_BIAS | _CAPS,
+  "fixed": _GEMMA_FIXED | {"norms_after": True},
+  "inert": _INERT | {"hidden_act"},
+  "whole_heads": True,
+}
+_GEMMA2 = _llama_like(
+  "gemma2",
+  "Gemma2",
+  **_GEMMA2_LIKE,
+  defaults=_GEMMA_DEFAULTS
+  | {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 4096,
+  },
+  only={
+    "hidden_activation": _GELU,
+    "final_logit_softcapping": (None,),
+    **_CAUSAL,
+  },
+  readers=(fields.rotary(), fields.alternating(2)),
+  weights=layouts.llama(norms=layouts.GEMMA2_NORMS),
+)
+_GEMMA3 = dataclasses.replace(
+  _llama_like(
+    "gemma3_text",
+    "Gemma3",
+    **_GEMMA2_LIKE,
+    defaults=_GEMMA_DEFAULTS
+    | {
+      "hidden_activation": "gelu_pytorch_tanh",
+      "query_pre_attn_scalar": 256,
+      "attn_logit_softcapping": None,
+      "final_logit_softcapping": None,
+      "sliding_window": 4096,
+    },
+    only={
+      "hidden_activation": _GELU,
+      "final_logit_softcapping": (None,),
+      **_CAUSAL,
+    },
+    readers=(fields.TWO_ROPES, fields.alternating(6)),
+    weights=layouts.llama(norms=layouts.GEMMA2_NORMS),
+  ),
+  fixed=_GEMMA_FIXED | {"norms_after": True, "qk_norm": "head"},
+  reward_model="Gemma3TextForSequenceClassification",
+)
+
+_GPT_FIXED = {"norm": "layer", "mlp_bias": True}
+_GPT_NEOX = Family(
+  model_type="gpt_neox",
+  language_model="GPTNeoXForCausalLM",
+  reward_model="GPTNeoXForSequenceClassification",
+  prefix="gpt_neox.",
+  fields=_SIZES
+  | _ATTENTION_BIAS
+  | {
+    "kv_heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "norm_epsilon": "layer_norm_eps",
+    "parallel_residual": "use_parallel_residual",
+  },
+  fixed=_GPT_FIXED,
+  whole_heads=True,
+  defaults={
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "is_decoder": False,
+  },
+  named={
+    "hidden_act": (
+      "activation",
+      {
+        "gelu": "gelu_exact",
+        "gelu_new": "gelu",
+        "gelu_fast": "gelu",
+        "gelu_pytorch_tanh": "gelu",
+        "relu": "relu",
+      },
+    )
+  },
+  readers=(
+    fields.rotary(theta="rotary_emb_base", partial="rotary_pct", share=0.25),
+  ),
+  inert=_INERT
+  | {"hidden_dropout", "classifier_dropout", "is_decoder", "rope_theta"},
+  ignored=(
+    r"gpt_neox\.layers\.\d+\.attention\.(masked_bias|bias|rotary_emb.inv_freq)"
+  ),
+  weights=layouts.gpt_neox(),
+)
+_GPT2 = Family(
   model_type="gpt2",
   language_model="GPT2LMHeadModel",
   reward_model="GPT2ForSequenceClassification",
@@ -121,13 +330,9 @@ GPT2 = Family(
     "norm_epsilon": "layer_norm_epsilon",
     "tie_embeddings": "tie_word_embeddings",
   },
-  fixed={
-    "norm": "layer",
-    "positions": "learned",
-    "activation": "gelu",
-    "attention_bias": True,
-    "mlp_bias": True,
-  },
+  whole_heads=True,
+  fixed=_GPT_FIXED
+  | {"positions": "learned", "qkv_bias": True, "out_bias": True},
   defaults={
     "n_inner": None,
     "activation_function": "gelu_new",
@@ -139,18 +344,91 @@ GPT2 = Family(
     "add_cross_attention": False,
   },
   derived={"n_inner": lambda hf: 4 * hf["n_embd"]},
+  named={
+    "activation_function": (
+      "activation",
+      {
+        "gelu_new": "gelu",
+        "gelu_pytorch_tanh": "gelu",
+        "gelu": "gelu_exact",
+        "relu": "relu",
+      },
+    )
+  },
   only={
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
   },
+  inert=_INERT
+  | {
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+  },
   ignored=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
   weights=layouts.gpt2(),
 )
+_OPT = Family(
+  model_type="opt",
+  language_model="OPTForCausalLM",
+  reward_model="OPTForSequenceClassification",
+  fields=_SIZES | {"kv_heads": "num_attention_heads", "mlp_width": "ffn_dim"},
+  whole_heads=True,
+  fixed=_GPT_FIXED
+  | {
+    "positions": "learned",
+    "position_offset": 2,
+    "qkv_bias": True,
+    "out_bias": True,
+  },
+  defaults={
+    "activation_function": "relu",
+    "tie_word_embeddings": True,
+    "do_layer_norm_before": True,
+    "_remove_final_layer_norm": False,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+  },
+  named={
+    "activation_function": (
+      "activation",
+      {"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu"},
+    )
+  },
+  only={
+    "do_layer_norm_before": (True,),
+    "_remove_final_layer_norm": (False,),
+    "enable_bias": (True,),
+    "layer_norm_elementwise_affine": (True,),
+  },
+  readers=(fields.SAME_WIDTH,),
+  inert=_INERT | {"dropout", "layerdrop", "init_std"},
+  weights=layouts.opt(),
+)
 
-_FAMILIES = (LLAMA, GPT2)
+# In the order in which a network is offered to them: the plainest first.
+FAMILIES = (
+  _LLAMA,
+  _QWEN2,
+  _QWEN3,
+  _MISTRAL,
+  _SMOLLM3,
+  _PHI3,
+  _OLMO2,
+  _GEMMA,
+  _GEMMA2,
+  _GEMMA3,
+  _GPT2,
+  _GPT_NEOX,
+  _OPT,
+)
 
 
 def family_of(hf: dict[str, Any], *, where: str) -> tuple[Family, bool]:
@@ -166,21 +444,21 @@ def family_of(hf: dict[str, Any], *, where: str) -> tuple[Family, bool]:
   """
   for field in ("auto_map", "trust_remote_code"):
     if hf.get(field):
-      raise _refusal(
+      raise fields.refusal(
         where,
         field,
         hf[field],
         "no such field, as code that comes with a model is never run",
       )
-  families = {family.model_type: family for family in _FAMILIES}
+  families = {family.model_type: family for family in FAMILIES}
   model_type = str(hf.get("model_type"))
   if model_type not in families:
-    raise _refusal(where, "model_type", model_type, families)
+    raise fields.refusal(where, "model_type", model_type, families)
   family = families[model_type]
   supported = family.language_model, family.reward_model
   architectures = hf.get("architectures") or [family.language_model]
   if architectures[0] not in supported:
-    raise _refusal(where, "architectures", architectures, supported)
+    raise fields.refusal(where, "architectures", architectures, supported)
   return family, architectures[0] == family.reward_model
 
 
@@ -205,26 +483,37 @@ def config_from_hf(
     UserError: Names the field, its value and what is supported.
   """
   family, _ = family_of(hf, where=where)
+  if hf.get("quantization_config"):
+    raise fields.refusal(
+      where,
+      "quantization_config",
+      hf["quantization_config"],
+      "weights that are not quantised (float32, float16 or bfloat16)",
+    )
   hf = family.defaults | hf
   for field, supported in family.only.items():
     if hf[field] not in supported:
-      raise _refusal(where, field, hf[field], supported)
-  values = {}
+      raise fields.refusal(where, field, hf[field], supported)
+  values = dict(family.fixed)
+  for theirs, (ours, meanings) in family.named.items():
+    if hf[theirs] not in meanings:
+      raise fields.refusal(where, theirs, hf[theirs], meanings)
+    values[ours] = meanings[hf[theirs]]
   for ours, theirs in family.fields.items():
     if hf.get(theirs) is None and theirs in family.derived:
       hf[theirs] = family.derived[theirs](hf)
-    values[ours] = _value(hf, theirs, _kind(ours), where)
+    values[ours] = _value(hf, theirs, ours, where)
   _check_heads(values, family, where)
-  values |= family.fixed
   values.setdefault("head_size", values["width"] // values["heads"])
-  if family is LLAMA:
-    values |= _rope_from_hf(hf, where)
+  for reader in family.readers:
+    values |= reader.read(hf, values, where)
   try:
     return transformer.TransformerConfig(
       **values,
       unroll=unroll or values["layers"],
       remat=remat,
       compute_dtype=compute_dtype,
+      family=family.model_type,
     )
   except ValueError as error:
     raise errors.UserError(f"{where}: {error}") from error
@@ -245,13 +534,22 @@ def config_to_hf(
   Raises:
     UserError: If neither family has such an architecture.
   """
-  ours = dataclasses.asdict(config)
-  family = LLAMA if config.norm == "rms" else GPT2
+  lost = {}
+  # Its own before the others.
+  for family in sorted(FAMILIES, key=lambda f: f.model_type != config.family):
+    hf = _written(config, family)
+    if not (different := _differences(config, family, hf)):
+      break
+    lost[family.model_type] = different
+  else:
+    nearest = min(lost, key=lambda name: len(lost[name]))
+    raise errors.UserError(
+      f"model as {nearest}: {', '.join(lost[nearest])}; no other family of"
+      f" transformers is nearer"
+    )
   name = family.reward_model if reward_model else family.language_model
-  hf = {"model_type": family.model_type, "architectures": [name]}
-  hf |= {theirs: ours[field] for field, theirs in family.fields.items()}
-  hf |= {field: supported[0] for field, supported in family.only.items()}
   hf |= {
+    "architectures": [name],
     "dtype": "float32",
     "bos_token_id": bos_id,
     "eos_token_id": list(stop_ids) or None,
@@ -259,103 +557,55 @@ def config_to_hf(
   }
   if reward_model:
     hf |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-  if family is LLAMA:
-    hf |= _rope_to_hf(config)
-  _check_lossless(config, hf)
   return hf
 
 
-def _check_lossless(config, hf):
-  """Refuses a config that does not come back as it went."""
-  where = f"model as {hf['model_type']}"
-  read = config_from_hf(
-    hf,
-    where=where,
-    unroll=config.unroll,
-    remat=config.remat,
-    compute_dtype=config.compute_dtype,
-  )
+def _written(config, family) -> dict[str, Any]:
+  """Its fields in a `config.json`, right if the family can say them at all."""
+  ours = dataclasses.asdict(config)
+  hf = {"model_type": family.model_type}
+  hf |= {theirs: ours[field] for field, theirs in family.fields.items()}
+  hf |= {field: supported[0] for field, supported in family.only.items()}
+  for theirs, (field, meanings) in family.named.items():
+    names = [name for name, meant in meanings.items() if meant == ours[field]]
+    hf[theirs] = (names or list(meanings))[0]
+  for reader in family.readers:
+    hf |= reader.write(config)
+  return hf
+
+
+def _differences(config, family, hf) -> list[str]:
+  """What does not come back as it went."""
+  run = {name: getattr(config, name) for name in _HOW_TO_RUN}
+  where = f"model as {family.model_type}"
+  try:
+    read = config_from_hf(dict(hf), where=where, **run)
+  except errors.UserError as error:
+    return [str(error).removeprefix(f"{where}: ")]
   ours, theirs = dataclasses.asdict(config), dataclasses.asdict(read)
-  lost = [
+  return sorted(
     f"{field}: {ours[field]!r}; {theirs[field]!r} is wanted"
-    for field in ours.keys() - _NOT_IN_TABLE
-    if ours[field] != theirs[field]
-  ]
-  if lost:
-    raise errors.UserError(f"{where}: {', '.join(sorted(lost))}")
+    for field in ours
+    if ours[field] != theirs[field] and field != "family"
+  )
 
 
-def _refusal(where, field, value, supported):
-  if not isinstance(supported, str):
-    supported = " or ".join(map(str, supported))
-  return errors.UserError(f"{where}: {field}: {value!r}; wanted: {supported}")
-
-
-def _kind(ours: str) -> type:
-  return transformer.TransformerConfig.__annotations__[ours]
-
-
-def _value(hf, field, kind, where) -> Any:
-  """`hf[field]` if it is a `kind` (positive, unless a bool)."""
-  if field not in hf:
-    raise _refusal(where, field, "absent", f"a {kind.__name__}")
-  value = hf[field]
-  if kind is bool and isinstance(value, bool):
-    return value
-  kinds = (int, float) if kind is float else (int,)
-  if kind is bool or type(value) not in kinds or not 0 < value < np.inf:
-    raise _refusal(where, field, value, f"a {kind.__name__} above 0")
-  return kind(value)
+def _value(hf, theirs, ours, where) -> Any:
+  """A value of the type that our field has; null where that may be None."""
+  kind = transformer.TransformerConfig.__annotations__[ours]
+  if get_origin(kind) is types.UnionType:
+    if hf.get(theirs) is None:
+      return None
+    kind = get_args(kind)[0]
+  return fields.value_of(hf, theirs, kind, where)
 
 
 def _check_heads(values, family, where):
-  for whole, part in (("width", "heads"), ("heads", "kv_heads")):
+  pairs = [("heads", "kv_heads")]
+  if family.whole_heads:
+    pairs.append(("width", "heads"))
+  for whole, part in pairs:
     if values[whole] % values[part]:
       field, divisor = family.fields[whole], family.fields[part]
       wanted = f"a multiple of {divisor}, which is {values[part]}"
-      raise _refusal(where, field, values[whole], wanted)
-
-
-def _rope_from_hf(hf, where):
-  """Theta and scaling; `rope_scaling` rules, as it does in transformers."""
-  given = hf["rope_scaling"] or hf["rope_parameters"] or {}
-  if not isinstance(given, dict):
-    raise _refusal(where, "rope_parameters", given, "an object")
-  rope = {"rope_theta": hf["rope_theta"]} | given
-  kind = rope.pop("rope_type", rope.pop("type", "default"))
-  rope.pop("type", None)
-  theta = _value(rope, "rope_theta", float, where)
-  del rope["rope_theta"]
-  if kind not in ("default", "llama3"):
-    raise _refusal(where, "rope_type", kind, ("default", "llama3"))
-  fields = _ROPE_SCALING if kind == "llama3" else {}
-  if unknown := rope.keys() - fields.values():
-    raise _refusal(
-      where,
-      "rope_parameters",
-      sorted(unknown),
-      f"only {sorted(fields.values())} for {kind}",
-    )
-  if kind == "default":
-    return {"rope_theta": theta, "rope_scaling": None}
-  kinds = transformer.RopeScaling.__annotations__
-  scaling = {
-    ours: _value(rope, theirs, kinds[ours], where)
-    for ours, theirs in fields.items()
-  }
-  scaling = transformer.RopeScaling(**scaling)
-  return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def _rope_to_hf(config):
-  scaling = None
-  if config.rope_scaling is not None:
-    ours = dataclasses.asdict(config.rope_scaling)
-    scaling = {_ROPE_SCALING[field]: ours[field] for field in ours}
-    scaling["rope_type"] = "llama3"
-  rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-  return {
-    "rope_theta": config.rope_theta,
-    "rope_scaling": scaling,
-    "rope_parameters": rope | (scaling or {}),
-  }
+      raise fields.refusal(where, field, values[whole], wanted)

@@ -104,7 +104,7 @@ def open_tensors(
       names = file.keys()
       tensors |= {name: Stored(file, name) for name in names}
     if not any(name.startswith(prefix) for name in tensors):
-      outside = ("lm_head.weight", "score.weight")
+      outside = ("lm_head.weight", "embed_out.weight", "score.weight")
       tensors = {
         name if name in outside else prefix + name: stored
         for name, stored in tensors.items()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import types
@@ -80,6 +81,45 @@ def _fused(name: str) -> Weight:
   )
 
 
+def _blocks(name: str) -> Weight:
+  """All queries, then all keys, then all values in one; ours `[..., G, N, K]`.
+
+  Unlike `_fused` with fewer keys than queries.
+  """
+  apart = _grouped(name, name, name)
+
+  def join(parts, shape):
+    groups, wide, size = shape[-3:]
+    ends = groups * size * np.array([wide - 2, wide - 1])
+    return apart.join(np.split(parts[0], ends, axis=-1), shape)
+
+  def split(x):
+    parts = apart.split(x)
+    several = jnp if isinstance(x, jax.Array) else np
+    return (several.concatenate(parts, axis=-1),)
+
+  return Weight((name,), split, join)
+
+
+def _per_head(name: str) -> Weight:
+  """One `[..., H·3·K]`, a head's query, key and value side by side, as ours."""
+  return _ending(name, 3)
+
+
+def _side_by_side(name: str) -> Weight:
+  """One `[..., M·F]`, the gates before the rest; ours `[..., M, F]`."""
+  return _ending(name, 2)
+
+
+def _ending(name: str, axes: int) -> Weight:
+  """The last axes as one."""
+  return Weight(
+    (name,),
+    lambda x: (x.reshape(*x.shape[:-axes], -1),),
+    lambda parts, shape: parts[0].reshape(shape),
+  )
+
+
 def _transposed(weight: Weight) -> Weight:
   """Tensors `[out, in]`, as torch's Linear has them; biases stay."""
   return Weight(
@@ -98,29 +138,151 @@ def _score() -> Weight:
   )
 
 
-def llama() -> dict[str, Weight]:
-  """Path in our tree → tensors of a Llama."""
+# Our norms of a layer → theirs, by where a family has them.
+LLAMA_NORMS = {
+  "attention_norm": "input_layernorm",
+  "mlp_norm": "post_attention_layernorm",
+}
+GEMMA2_NORMS = {
+  "attention_norm": "input_layernorm",
+  "attention_post_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
+OLMO2_NORMS = {
+  "attention_post_norm": "post_attention_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+
+def llama(
+  *,
+  norms: Mapping[str, str] = LLAMA_NORMS,
+  fused: bool = False,
+  qk_norm_axes: int = 1,
+) -> dict[str, Weight]:
+  """Path in our tree → tensors of a Llama, or of a relative of it.
+
+  Args:
+    norms: Our norms of a layer → theirs.
+    fused: One tensor for queries, keys and values, one for gate and up.
+    qk_norm_axes: Of our weights, which are one axis there.
+  """
   layer = "model.layers.{}."
-  qkv = [f"{layer}self_attn.{x}_proj" for x in "qkv"]
-  gate_up = [f"{layer}mlp.{x}_proj" for x in ("gate", "up")]
-  out, down = f"{layer}self_attn.o_proj", f"{layer}mlp.down_proj"
+  attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
+  qkv = [f"{attention}{x}_proj" for x in "qkv"]
+  gate_up = [f"{mlp}{x}_proj" for x in ("gate", "up")]
   kernels = lambda names: [f"{name}.weight" for name in names]
   biases = lambda names: [f"{name}.bias" for name in names]
-  return {
+  weights = {
     "embedding/tokens": _same("model.embed_tokens.weight"),
-    "layers/attention_norm/scale": _same(f"{layer}input_layernorm.weight"),
     "layers/attention/qkv/kernel": _transposed(_grouped(*kernels(qkv))),
     "layers/attention/qkv/bias": _grouped(*biases(qkv)),
-    "layers/attention/out/kernel": _transposed(_flat(f"{out}.weight")),
-    "layers/attention/out/bias": _same(f"{out}.bias"),
-    "layers/mlp_norm/scale": _same(f"{layer}post_attention_layernorm.weight"),
+    "layers/attention/qk_norm/query": _ending(
+      f"{attention}q_norm.weight", qk_norm_axes
+    ),
+    "layers/attention/qk_norm/key": _ending(
+      f"{attention}k_norm.weight", qk_norm_axes
+    ),
+    "layers/attention/out/kernel": _transposed(
+      _flat(f"{attention}o_proj.weight")
+    ),
+    "layers/attention/out/bias": _same(f"{attention}o_proj.bias"),
     "layers/mlp/in/kernel": _transposed(_stacked(*kernels(gate_up))),
     "layers/mlp/in/bias": _stacked(*biases(gate_up)),
-    "layers/mlp/out/kernel": _transposed(_flat(f"{down}.weight")),
-    "layers/mlp/out/bias": _same(f"{down}.bias"),
+    "layers/mlp/out/kernel": _transposed(_flat(f"{mlp}down_proj.weight")),
+    "layers/mlp/out/bias": _same(f"{mlp}down_proj.bias"),
     "final_norm/scale": _same("model.norm.weight"),
     "lm_head/kernel": _same("lm_head.weight"),
     "score_head/kernel": _score(),
+  }
+  for ours, theirs in norms.items():
+    weights[f"layers/{ours}/scale"] = _same(f"{layer}{theirs}.weight")
+  if fused:
+    weights |= {
+      "layers/attention/qkv/kernel": _transposed(
+        _blocks(f"{attention}qkv_proj.weight")
+      ),
+      "layers/mlp/in/kernel": _transposed(
+        _side_by_side(f"{mlp}gate_up_proj.weight")
+      ),
+    }
+  return weights
+
+
+def _layer_norms(**names: str) -> dict[str, Weight]:
+  """Weight and bias of LayerNorms, by our path (`__` for `/`)."""
+  return {
+    f"{path.replace('__', '/')}/{ours}": _same(f"{name}.{theirs}")
+    for path, name in names.items()
+    for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+  }
+
+
+def _linear(path: str, kernel: Weight, bias: Weight) -> dict[str, Weight]:
+  return {f"{path}/kernel": _transposed(kernel), f"{path}/bias": bias}
+
+
+def gpt_neox() -> dict[str, Weight]:
+  """Path in our tree → tensors of a GPT-NeoX or Pythia."""
+  layer = "gpt_neox.layers.{}."
+  qkv, out = f"{layer}attention.query_key_value", f"{layer}attention.dense"
+  up, down = f"{layer}mlp.dense_h_to_4h", f"{layer}mlp.dense_4h_to_h"
+  return {
+    "embedding/tokens": _same("gpt_neox.embed_in.weight"),
+    "lm_head/kernel": _same("embed_out.weight"),
+    "score_head/kernel": _score(),
+    **_layer_norms(
+      layers__attention_norm=f"{layer}input_layernorm",
+      layers__mlp_norm=f"{layer}post_attention_layernorm",
+      final_norm="gpt_neox.final_layer_norm",
+    ),
+    **_linear(
+      "layers/attention/qkv",
+      _per_head(f"{qkv}.weight"),
+      _per_head(f"{qkv}.bias"),
+    ),
+    **_linear(
+      "layers/attention/out", _flat(f"{out}.weight"), _same(f"{out}.bias")
+    ),
+    **_linear(
+      "layers/mlp/in", _stacked(f"{up}.weight"), _stacked(f"{up}.bias")
+    ),
+    **_linear("layers/mlp/out", _flat(f"{down}.weight"), _same(f"{down}.bias")),
+  }
+
+
+def opt() -> dict[str, Weight]:
+  """Path in our tree → tensors of an OPT."""
+  layer = "model.decoder.layers.{}."
+  qkv = [f"{layer}self_attn.{x}_proj" for x in "qkv"]
+  out = f"{layer}self_attn.out_proj"
+  return {
+    "embedding/tokens": _same("model.decoder.embed_tokens.weight"),
+    "embedding/positions": _same("model.decoder.embed_positions.weight"),
+    "lm_head/kernel": _same("lm_head.weight"),
+    "score_head/kernel": _score(),
+    **_layer_norms(
+      layers__attention_norm=f"{layer}self_attn_layer_norm",
+      layers__mlp_norm=f"{layer}final_layer_norm",
+      final_norm="model.decoder.final_layer_norm",
+    ),
+    **_linear(
+      "layers/attention/qkv",
+      _grouped(*(f"{name}.weight" for name in qkv)),
+      _grouped(*(f"{name}.bias" for name in qkv)),
+    ),
+    **_linear(
+      "layers/attention/out", _flat(f"{out}.weight"), _same(f"{out}.bias")
+    ),
+    **_linear(
+      "layers/mlp/in",
+      _stacked(f"{layer}fc1.weight"),
+      _stacked(f"{layer}fc1.bias"),
+    ),
+    **_linear(
+      "layers/mlp/out", _flat(f"{layer}fc2.weight"), _same(f"{layer}fc2.bias")
+    ),
   }
 
 

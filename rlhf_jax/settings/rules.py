@@ -66,7 +66,7 @@ CHOICES = {
   "stage": ("pipeline", "sft", "reward_model", "ppo", "dpo", "evaluate"),
   "model.norm": ("rms", "layer"),
   "model.positions": ("rope", "learned"),
-  "model.activation": ("swiglu", "gelu"),
+  "model.activation": ("swiglu", "geglu", "gelu", "gelu_exact", "relu"),
   "model.compute_dtype": ("float32", "bfloat16"),
   "reference.kind": ("frozen",),
   "reward.kind": ("model", "function", "python"),
@@ -479,6 +479,12 @@ RULES = (
   ),
 )
 
+
+def _longest(m) -> float:
+  """Of a network; config.model has no rope whose positions have an end."""
+  return getattr(m, "longest", math.inf)
+
+
 # The same between the config `c` and a network `m`, which is config.model
 # where the policy starts at random. Vocabulary 0 is the tokenizer's.
 MODEL_RULES = (
@@ -492,10 +498,19 @@ MODEL_RULES = (
     " rollout.prompt_length={c.rollout.prompt_length}",
   ),
   (
+    "rollout.response_length",
+    lambda c, m: (
+      c.stage == "sft"
+      or c.rollout.prompt_length + c.rollout.response_length <= _longest(m)
+    ),
+    "at most {m.longest} less rollout.prompt_length={c.rollout.prompt_length}:"
+    " in longer texts this model's rotary positions depend on their length",
+  ),
+  (
     "data.sequence_length",
     lambda c, m: (
       (c.stage not in ("sft", "evaluate") and c.mix.kind == "none")
-      or c.data.sequence_length <= m.max_length
+      or c.data.sequence_length <= min(m.max_length, _longest(m))
     ),
     "at most the model's {m.max_length} positions",
   ),

@@ -27,9 +27,10 @@ MEMBER_AXIS = "member"  # Of a sweep's mesh, in front of the others.
 RULES = (
   (r"(^|/)embedding/tokens$", P("tensor", "fsdp")),
   (r"(^|/)embedding/positions$", P(None, "fsdp")),
-  (r"(^|/)layers/(attention|mlp)_norm/(scale|bias)$", P()),
+  (r"(^|/)layers/(attention|mlp)(_post)?_norm/(scale|bias)$", P()),
   (r"(^|/)attention/qkv/kernel$", P(None, "fsdp", "tensor")),
   (r"(^|/)attention/qkv/bias$", P(None, "tensor")),
+  (r"(^|/)attention/qk_norm/(query|key)$", P()),
   (r"(^|/)attention/out/kernel$", P(None, "tensor", None, None, "fsdp")),
   (r"(^|/)attention/out/bias$", P()),
   (r"(^|/)mlp/in/kernel$", P(None, "fsdp", None, "tensor")),

@@ -35,7 +35,7 @@ from orbax.checkpoint import v1 as ocp
 
 from rlhf_jax import errors, types
 
-FORMAT = 1  # Raised when an older program could not read what we write.
+FORMAT = 2  # Raised when an older program could not read what we write.
 
 
 def tree_hash(params: types.Params) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import errors, types
-from rlhf_jax.models import convert, transformer
+from rlhf_jax.models import convert, rope, transformer
 from rlhf_jax.storage import checkpoint
 from rlhf_jax.storage import workdir as workdir_lib
 from rlhf_jax.text import tokenizer as tokenizer_lib
@@ -200,7 +200,16 @@ def architecture(
 
 
 def _architecture(fields: dict[str, Any]) -> transformer.TransformerConfig:
-  scaling = fields.pop("rope_scaling", None)
-  if scaling is not None:
-    scaling = transformer.RopeScaling(**scaling)
+  """From a config, or from what a workdir's JSON kept: lists were tuples."""
+
+  def as_kept(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+  fields = {name: as_kept(value) for name, value in fields.items()}
+  if "attention_bias" in fields:  # Of a workdir before format 2.
+    fields["qkv_bias"] = fields["out_bias"] = fields.pop("attention_bias")
+  if (scaling := fields.pop("rope_scaling", None)) is not None:
+    scaling = {name: as_kept(value) for name, value in scaling.items()}
+    scaling.setdefault("kind", "llama3")  # Before format 2, the only one.
+    scaling = rope.RopeScaling(**scaling)
   return transformer.TransformerConfig(**fields, rope_scaling=scaling)

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from rlhf_jax import errors
-from rlhf_jax.models import families, transformer
+from rlhf_jax.models import families, rope, transformer
 
 LLAMA = {
   "model_type": "llama",
@@ -45,6 +45,7 @@ OURS_LLAMA = transformer.TransformerConfig(
   norm_epsilon=1e-6,
   tie_embeddings=False,
   unroll=6,
+  family="llama",
 )
 OURS_GPT2 = transformer.TransformerConfig(
   vocab_size=11,
@@ -58,14 +59,22 @@ OURS_GPT2 = transformer.TransformerConfig(
   norm="layer",
   positions="learned",
   activation="gelu",
-  attention_bias=True,
+  qkv_bias=True,
+  out_bias=True,
   mlp_bias=True,
   unroll=6,
+  family="gpt2",
 )
 OURS_LLAMA3 = dataclasses.replace(
   OURS_LLAMA,
   rope_theta=5e5,
-  rope_scaling=transformer.RopeScaling(8.0, 1.0, 4.0, 16),
+  rope_scaling=rope.RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_frequency_factor=1.0,
+    high_frequency_factor=4.0,
+    original_max_length=16,
+  ),
 )
 
 
@@ -115,7 +124,11 @@ def test_heads_given():
   given = {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True}
   config = read(LLAMA | given)
   assert (config.kv_heads, config.head_size) == (2, 8)
-  assert (config.attention_bias, config.mlp_bias) == (True, False)
+  assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (
+    True,
+    True,
+    False,
+  )
 
 
 def test_unroll():
@@ -145,8 +158,8 @@ def test_transformers_reads_what_we_write(ours):
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"model_type": "mamba"}, "model_type: 'mamba'; wanted: llama or gpt2"),
-    ({"model_type": ["llama"]}, "model_type: .*; wanted: llama or gpt2"),
+    ({"model_type": "mamba"}, "model_type: 'mamba'; wanted: llama or qwen2"),
+    ({"model_type": ["llama"]}, "model_type: .*; wanted: llama or qwen2"),
     (
       {"architectures": ["LlamaForTokenClassification"]},
       "LlamaForTokenClassification.*wanted: LlamaForCausalLM or Llama",
@@ -155,10 +168,22 @@ def test_transformers_reads_what_we_write(ours):
     ({"trust_remote_code": True}, "trust_remote_code: True; .*never run"),
     ({"hidden_act": "relu"}, "hidden_act: 'relu'; wanted: silu"),
     (
-      {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-      "rope_type: 'yarn'; wanted: default or llama3",
+      {"rope_scaling": {"type": "spiral", "factor": 2.0}},
+      "rope_type: 'spiral'; wanted: default or linear",
     ),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"rope_parameters": {"beta_fast": 3.0}}, "rope_parameters: .'beta_fast'"),
+    (
+      {
+        "rope_scaling": {
+          "type": "longrope",
+          "short_factor": [1.0],
+          "long_factor": [1.0, 2.0, 3.0],
+        }
+      },
+      "short_factor: .1.0.; wanted: 3 numbers",
+    ),
+    ({"quantization_config": {"bits": 4}}, "quantization_config: .*not quant"),
     (
       {"rope_scaling": "llama3"},
       "rope_parameters: 'llama3'; wanted: an object",
@@ -192,7 +217,7 @@ def test_llama_refusals(change, message):
 @pytest.mark.parametrize(
   "change",
   [
-    {"activation_function": "gelu"},
+    {"activation_function": "silu"},
     {"scale_attn_by_inverse_layer_idx": True},
     {"reorder_and_upcast_attn": True},
     {"scale_attn_weights": False},
@@ -218,12 +243,11 @@ def test_absent_size_is_named():
   [
     ({"positions": "learned"}, "positions: 'learned'; 'rope' is wanted"),
     ({"activation": "gelu"}, "activation: 'gelu'; 'swiglu' is wanted"),
-    ({"norm": "layer"}, "model as gpt2: activation: 'swiglu'; 'gelu' is"),
-    ({"heads": 5, "kv_heads": 5}, "hidden_size: 24"),
+    ({"parallel_residual": True}, "parallel_residual: True; False is wanted"),
   ],
 )
 def test_what_transformers_has_not_is_refused(change, message):
-  with pytest.raises(errors.UserError, match=message):
+  with pytest.raises(errors.UserError, match=f"model as .*{message}"):
     write(dataclasses.replace(OURS_LLAMA, **change))
 
 
@@ -231,3 +255,12 @@ def test_gpt2_has_no_grouped_queries():
   config = dataclasses.replace(OURS_GPT2, kv_heads=2)
   with pytest.raises(errors.UserError, match="gpt2: kv_heads: 2; 4 is wanted"):
     write(config)
+
+
+def test_the_family_that_it_came_from_is_exported():
+  """A Mistral without a window is a Llama, too."""
+  assert write(OURS_LLAMA)["model_type"] == "llama"
+  mistral = dataclasses.replace(OURS_LLAMA, family="mistral")
+  assert write(mistral)["model_type"] == "mistral"
+  biased = dataclasses.replace(OURS_LLAMA, qkv_bias=True)
+  assert write(biased)["model_type"] == "qwen2"

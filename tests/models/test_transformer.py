@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import transformer
+from rlhf_jax.models import rope, transformer
 from rlhf_jax.objective import logprobs
 from tests.steps import tiny
 
@@ -31,7 +31,8 @@ GPT2 = dataclasses.replace(
   norm="layer",
   positions="learned",
   activation="gelu",
-  attention_bias=True,
+  qkv_bias=True,
+  out_bias=True,
   mlp_bias=True,
   tie_embeddings=False,
 )
@@ -172,9 +173,15 @@ def test_llama3_stretches_long_wavelengths_only():
     LLAMA,
     head_size=8,
     rope_theta=1e4,
-    rope_scaling=transformer.RopeScaling(8.0, 1.0, 4.0, 100),
+    rope_scaling=rope.RopeScaling(
+      kind="llama3",
+      factor=8.0,
+      low_frequency_factor=1.0,
+      high_frequency_factor=4.0,
+      original_max_length=100,
+    ),
   )
-  cos, sin = transformer._rotary(jnp.array([[0, 1]]), config)
+  cos, sin = transformer._rotary(jnp.array([[0, 1]]), config, "global")
   np.testing.assert_array_equal(cos[0, 0], 1.0)
   angles = [1.0, 0.029753, 0.00125, 0.000125]
   np.testing.assert_allclose(sin[0, 1], np.sin(angles), rtol=1e-4)

@@ -46,7 +46,7 @@ BAD_FIELDS = [
   ),
   ("model.norm=rsm", "config.model.norm: 'rsm'", "Did you mean 'rms'?"),
   ("model.positions=alibi", "wanted 'rope' or 'learned'"),
-  ("model.activation=relu", "wanted 'swiglu' or 'gelu'"),
+  ("model.activation=elu", "wanted 'swiglu' or 'geglu'"),
   ("model.compute_dtype=float16", "Did you mean 'bfloat16'?"),
   ("reference.kind=ema", "config.reference.kind: 'ema'; wanted 'frozen'"),
   ("reward.kind=pyton", "Did you mean 'python'?"),

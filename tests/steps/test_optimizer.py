@@ -63,7 +63,8 @@ def test_weights_decay_and_norms_and_biases_do_not():
     mlp_width=8,
     max_length=8,
     norm="layer",
-    attention_bias=True,
+    qkv_bias=True,
+    out_bias=True,
     mlp_bias=True,
     tie_embeddings=False,
   )

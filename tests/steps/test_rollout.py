@@ -25,7 +25,8 @@ GPT2 = dataclasses.replace(
   norm="layer",
   positions="learned",
   activation="gelu",
-  attention_bias=True,
+  qkv_bias=True,
+  out_bias=True,
   mlp_bias=True,
 )
 NETWORKS = {

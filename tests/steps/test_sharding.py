@@ -60,9 +60,12 @@ def architectures():
       norm=norm,
       positions=positions,
       tie_embeddings=tied,
-      attention_bias=biased,
+      qkv_bias=biased,
+      out_bias=biased,
       mlp_bias=biased,
       activation="gelu" if biased else "swiglu",
+      qk_norm="heads" if biased else "head",
+      norms_after=tied,
     )
 
 

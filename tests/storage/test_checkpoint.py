@@ -260,12 +260,12 @@ def test_another_architecture(saved, change, wanted):
 def test_newer_format(harmed):
   """Row 40."""
   file = harmed / "20" / "metadata.json"
-  file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 3}))
   manifest = harmed / "20" / "manifest.json"
   sums = json.loads(manifest.read_text())
   sums["metadata.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
   manifest.write_text(json.dumps(sums))
-  with pytest.raises(errors.UserError, match=r"metadata\.json: format: 2; "):
+  with pytest.raises(errors.UserError, match=r"metadata\.json: format: 3; "):
     restore(harmed)
 
 
