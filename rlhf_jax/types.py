@@ -25,6 +25,32 @@ MODEL_AXIS = "tensor"  # The mesh axis that divides heads, mlp and vocabulary.
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Head:
+  """What turns hidden states into logits; `objective.logprobs` applies it.
+
+  Attributes:
+    kernel: The matrix.
+    softcap: c of c·tanh(x/c), which bounds the logits; None does not.
+    tokens: Ids from this one on have no text. They are no tokens: nothing is
+      drawn from them, and they have no probability. None is all ids.
+  """
+
+  kernel: Float[Array, "V D"]
+  softcap: float | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+  tokens: int | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+
+  @property
+  def vocab_size(self) -> int:
+    """V."""
+    return self.kernel.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Prompts:
   """Left-padded prompts. A row's last `lengths[b]` tokens are real."""
 

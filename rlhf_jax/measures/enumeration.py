@@ -53,7 +53,7 @@ def prefix_logits(
   """
   vocab_size, size = model.vocab_size, response_length
   params = transformer.unstack_layers(params, model)
-  head = transformer.head(params)
+  head = transformer.head(params, model)
   # A power of V, so that whole chunks make up the V**(R − 1) rows.
   powers = [vocab_size**d for d in range(size)]
   rows = max(power for power in powers if power <= rows_per_chunk)

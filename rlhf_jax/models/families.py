@@ -23,6 +23,8 @@ from rlhf_jax.models.fields import Reader
 
 # Fields of ours that say how to run the network, and not what it computes.
 _HOW_TO_RUN = ("compute_dtype", "unroll", "remat")
+# Fields of ours that no config.json has, for they are not of the network.
+_NOT_THERE = ("family", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,7 @@ _GEMMA = _llama_like(
 _CAPS = {
   "attention_softcap": "attn_logit_softcapping",
   "attention_scalar": "query_pre_attn_scalar",
+  "logit_softcap": "final_logit_softcapping",
 }
 _GEMMA2_LIKE = {
   "sizes": _ATTENTION_BIAS | _CAPS,
@@ -235,11 +238,7 @@ _GEMMA2 = _llama_like(
     "final_logit_softcapping": 30.0,
     "sliding_window": 4096,
   },
-  only={
-    "hidden_activation": _GELU,
-    "final_logit_softcapping": (None,),
-    **_CAUSAL,
-  },
+  only={"hidden_activation": _GELU, **_CAUSAL},
   readers=(fields.rotary(), fields.alternating(2)),
   weights=layouts.llama(norms=layouts.GEMMA2_NORMS),
 )
@@ -256,11 +255,7 @@ _GEMMA3 = dataclasses.replace(
       "final_logit_softcapping": None,
       "sliding_window": 4096,
     },
-    only={
-      "hidden_activation": _GELU,
-      "final_logit_softcapping": (None,),
-      **_CAUSAL,
-    },
+    only={"hidden_activation": _GELU, **_CAUSAL},
     readers=(fields.TWO_ROPES, fields.alternating(6)),
     weights=layouts.llama(norms=layouts.GEMMA2_NORMS),
   ),
@@ -586,7 +581,7 @@ def _differences(config, family, hf) -> list[str]:
   return sorted(
     f"{field}: {ours[field]!r}; {theirs[field]!r} is wanted"
     for field in ours
-    if ours[field] != theirs[field] and field != "family"
+    if ours[field] != theirs[field] and field not in _NOT_THERE
   )
 
 

@@ -6,7 +6,7 @@ family has which.
 
     params = init(key, config)
     hidden, cache = apply(params, tokens, config=config, ...)
-    logits = hidden @ head(params).T          # see objective.logprobs
+    head(params, config)      # makes logits of hidden: objective.logprobs
 
 Parameters, layers stacked on their first axis (N = H/G + 2: the queries of a
 KV group, then its key and its value, so that one matmul makes all three and
@@ -83,6 +83,9 @@ class TransformerConfig:
     local_rope_theta: Of local layers, without stretching; None is as global.
     attention_scalar: Queries are divided by its root; None is the head size.
     attention_softcap: c of c·tanh(x/c), on attention's logits.
+    logit_softcap: The same, on the logits of the next token.
+    tokens: Ids that the tokenizer has, if fewer than `vocab_size`: the rest
+      are never drawn, and have no probability.
     activation: SiLU or GELU of a gate, or GELU (its tanh form, or exact) or
       ReLU without one.
     scale_embeddings: Embeddings are multiplied by the root of the width.
@@ -119,6 +122,8 @@ class TransformerConfig:
   local_rope_theta: float | None = None
   attention_scalar: int | None = None
   attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  tokens: int | None = None
   activation: Activation = "swiglu"
   scale_embeddings: bool = False
   tie_embeddings: bool = True
@@ -516,8 +521,13 @@ def _seen(kind, positions, mask, index, config):
   return rotary, jnp.where(mask, 0.0, -1e30)[:, None, None]
 
 
-def head(params: types.Params) -> Float[Array, "V D"]:
-  """The matrix that turns hidden states into logits."""
+def head(params: types.Params, config: TransformerConfig) -> types.Head:
+  """What turns hidden states into logits."""
+  return types.Head(head_kernel(params), config.logit_softcap, config.tokens)
+
+
+def head_kernel(params: types.Params) -> Float[Array, "V D"]:
+  """The head's matrix."""
   if "lm_head" in params:
     return _whole_rows(params["lm_head"]["kernel"])
   return _whole_rows(params["embedding"]["tokens"])

@@ -18,19 +18,36 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhf_jax import types
+
+_NONE = -1e30  # A logit without mass.
+
 
 def token_logits(
-  hidden: Float[Array, "*N D"], head: Float[Array, "V D"], *, temperature: float
+  hidden: Float[Array, "*N D"], head: types.Head, *, temperature: float
 ) -> Float[Array, "*N V"]:
-  """float32 logits at a temperature: h Eᵀ / temperature."""
+  """float32 logits at a temperature: cap(h Eᵀ) / temperature.
+
+  Ids that are no tokens have the lowest finite logit: no mass, in both models
+  of a comparison, and no NaN.
+  """
   rows = hidden.reshape(-1, hidden.shape[-1])
   logits = lax.dot_general(
     rows,
-    head.astype(hidden.dtype),
+    head.kernel.astype(hidden.dtype),
     (((1,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
-  logits = logits.reshape((*hidden.shape[:-1], head.shape[0]))
+  logits = logits.reshape((*hidden.shape[:-1], head.vocab_size))
+  logits = _scaled(logits, head, temperature)
+  if head.tokens is not None:
+    logits = jnp.where(jnp.arange(head.vocab_size) < head.tokens, logits, _NONE)
+  return logits
+
+
+def _scaled(logits, head, temperature):
+  if head.softcap is not None:
+    logits = head.softcap * jnp.tanh(logits / head.softcap)
   return logits if temperature == 1.0 else logits / temperature
 
 
@@ -103,7 +120,7 @@ def _invert(masses, target):
 
 def token_logprobs(
   hidden: Float[Array, "B R D"],
-  head: Float[Array, "V D"],
+  head: types.Head,
   targets: Int[Array, "B R"],
   *,
   temperature: float,
@@ -113,7 +130,7 @@ def token_logprobs(
 
   Args:
     hidden: The states that predict the targets.
-    head: The matrix of the logits.
+    head: What makes the logits.
     targets: The tokens.
     temperature: Of the scored distribution.
     logits_per_chunk: Logits that may exist at once; backward makes them anew.
@@ -123,12 +140,13 @@ def token_logprobs(
     logits = token_logits(hidden, head, temperature=temperature)
     # h · e_target rather than a gather from the logits: cheaper, and so is
     # its gradient, a scatter of rows.
-    chosen = head[targets].astype(hidden.dtype).astype(jnp.float32)
-    chosen = (hidden.astype(jnp.float32) * chosen).sum(-1) / temperature
+    rows = head.kernel[targets].astype(hidden.dtype).astype(jnp.float32)
+    chosen = (hidden.astype(jnp.float32) * rows).sum(-1)
+    chosen = _scaled(chosen, head, temperature)
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
   return _in_columns(
-    logprobs, (hidden, targets), logits_per_chunk // head.shape[0]
+    logprobs, (hidden, targets), logits_per_chunk // head.vocab_size
   )
 
 
@@ -223,8 +241,8 @@ _statistics.defvjp(
 
 
 def compare_tokens(
-  policy: tuple[Float[Array, "*N D"], Float[Array, "V D"]],
-  reference: tuple[Float[Array, "*N E"], Float[Array, "V E"]],
+  policy: tuple[Float[Array, "*N D"], types.Head],
+  reference: tuple[Float[Array, "*N E"], types.Head],
   targets: Int[Array, "*N"],
   *,
   temperature: float,
@@ -238,8 +256,8 @@ def compare_tokens(
 
 
 def compare(
-  policy: tuple[Float[Array, "B R D"], Float[Array, "V D"]],
-  reference: tuple[Float[Array, "B R E"], Float[Array, "V E"]],
+  policy: tuple[Float[Array, "B R D"], types.Head],
+  reference: tuple[Float[Array, "B R E"], types.Head],
   targets: Int[Array, "B R"],
   *,
   temperature: float,
@@ -261,18 +279,18 @@ def compare(
 
   arrays = policy[0], reference[0], targets
   # Four arrays of logits are alive at once, two models' and their softmaxes.
-  tokens = logits_per_chunk // 4 // policy[1].shape[0]
+  tokens = logits_per_chunk // 4 // policy[1].vocab_size
   return _in_columns(compared, arrays, tokens)
 
 
 def gradient_in_columns(
   loss: Callable[..., tuple[Float[Array, ""], Any]],
   hidden: Float[Array, "B R D"],
-  head: Float[Array, "V D"],
+  head: types.Head,
   columns: Any,
   *,
   tokens: int,
-) -> tuple[Any, tuple[Float[Array, "B R D"], Float[Array, "V D"]]]:
+) -> tuple[Any, tuple[Float[Array, "B R D"], types.Head]]:
   """Sums over all tokens, and their loss's gradient in states and head.
 
   A chunk's logits live through its forward and its backward pass and are
@@ -284,7 +302,7 @@ def gradient_in_columns(
     loss: `(hidden, head, columns) → (loss, sums)` of a piece `[B, c, …]`;
       both add up over the pieces.
     hidden: The states that predict the targets.
-    head: The matrix of the logits.
+    head: What makes the logits.
     columns: What else is per token, a pytree of `[B, R, …]`.
     tokens: Tokens of a chunk (at least one column).
 

@@ -85,7 +85,7 @@ def pair_logprobs(
   network = params["transformer"]
   per_token = logprobs_lib.token_logprobs(
     rollout_lib.response_states(network, both, model=config.model),
-    transformer.head(network),
+    transformer.head(network, config.model),
     both.response_tokens,
     temperature=config.temperature,
     logits_per_chunk=config.logits_per_chunk,

@@ -89,7 +89,7 @@ def gradient(
   params: types.Params,
   minibatch: Experience,
   price: Float[Array, ""],
-  reference_head: Float[Array, "V E"],
+  reference_head: types.Head,
   config: PPOConfig,
 ) -> tuple[types.Params, dict[str, Any]]:
   """Gradient of the loss, and sums over tokens of what it was made of.
@@ -136,7 +136,7 @@ def _gradient_of_rows(params, experience, rows, price, reference_head, config):
       params["transformer"], sequences, model=config.model
     )
     values = transformer.apply_scalar_head(params["value_head"], hidden)
-    return hidden, transformer.head(params["transformer"]), values
+    return hidden, transformer.head(params["transformer"], config.model), values
 
   (hidden, head, values), pull_back = jax.vjp(forward, params)
   weights = mask / (rows * config.rollout.response_length)
@@ -179,10 +179,10 @@ def _gradient_of_rows(params, experience, rows, price, reference_head, config):
 
 def head_gradient(
   hidden: Float[Array, "B R D"],
-  head: Float[Array, "V D"],
+  head: types.Head,
   columns: dict[str, Any],
   price: Float[Array, ""],
-  reference_head: Float[Array, "V E"],
+  reference_head: types.Head,
   config: PPOConfig,
 ):
   """Sums of the policy's losses, and their gradient in states and head.
@@ -197,7 +197,7 @@ def head_gradient(
     hidden,
     head,
     columns,
-    tokens=config.logits_per_chunk // arrays // head.shape[0],
+    tokens=config.logits_per_chunk // arrays // head.vocab_size,
   )
 
 

@@ -274,7 +274,9 @@ def update(
   """
   texts = experience.texts
   responses = experience._replace(texts=None)
-  reference_head = transformer.head(reference["transformer"])
+  reference_head = transformer.head(
+    reference["transformer"], config.reference_model
+  )
 
   def minibatch_step(carry, rows):
     params, optimizer_state = carry

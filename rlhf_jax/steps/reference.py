@@ -116,8 +116,8 @@ def compare(
       reference, read, model=config.reference_model
     )
     comparison = logprobs_lib.compare(
-      (hidden, transformer.head(policy)),
-      (theirs, transformer.head(reference)),
+      (hidden, transformer.head(policy, config.model)),
+      (theirs, transformer.head(reference, config.reference_model)),
       sequences.response_tokens,
       temperature=config.rollout.temperature,
       logits_per_chunk=config.logits_per_chunk,

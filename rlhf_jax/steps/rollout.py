@@ -61,7 +61,7 @@ def rollout(
   batch, prompt_size = prompts.tokens.shape
   size = config.response_length
   params = transformer.unstack_layers(params, model)
-  head = transformer.head(params)
+  head = transformer.head(params, model)
   prompt_mask = masking.prompt_mask(prompts.lengths, prompt_size)
   uniforms = jax.random.uniform(key, (size, batch))
   stop_ids = jnp.array(config.stop_ids, jnp.int32)

@@ -57,7 +57,7 @@ def row_logprobs(
   network = params["transformer"]
   per_token = logprobs.token_logprobs(
     states(network, batch, model=config.model),
-    transformer.head(network),
+    transformer.head(network, config.model),
     batch.tokens[:, 1:],
     temperature=1.0,
     logits_per_chunk=config.logits_per_chunk,

@@ -94,7 +94,7 @@ def prepare(
 def gradient(
   params: types.Params,
   texts: Texts,
-  reference_head: Float[Array, "V E"],
+  reference_head: types.Head,
   *,
   mix: Mix,
   model: transformer.TransformerConfig,
@@ -105,7 +105,7 @@ def gradient(
   Args:
     params: The policy's transformer.
     texts: Of one minibatch.
-    reference_head: The reference's matrix of the logits.
+    reference_head: Of the reference.
     mix: Which term.
     model: The policy's architecture.
     logits_per_chunk: See `objective.logprobs`.
@@ -117,7 +117,7 @@ def gradient(
 
   def forward(params):
     hidden = sft.states(params, texts.packed, model=model)
-    return hidden, transformer.head(params)
+    return hidden, transformer.head(params, model)
 
   (hidden, head), pull_back = jax.vjp(forward, params)
   columns = {
@@ -137,7 +137,7 @@ def gradient(
     hidden,
     head,
     columns,
-    tokens=logits_per_chunk // arrays // head.shape[0],
+    tokens=logits_per_chunk // arrays // head.vocab_size,
   )
   (of_params,) = pull_back(of_hidden_and_head)
   return of_params, sums

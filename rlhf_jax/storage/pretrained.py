@@ -69,6 +69,7 @@ def load_policy(config: ConfigDict) -> Pretrained:
     stop_ids = (toy_language.STOP_ID,)
   model = architecture(config, vocab_size=len(tokenizer))
   tokenizer_lib.check(tokenizer, model.vocab_size, "config.model.vocab_size")
+  model = _of_tokens(model, tokenizer)
   params = transformer.init(jax.random.key(config.seed), model)
   params = {"transformer": params}
   return Pretrained(params, model, tokenizer, stop_ids, "a random start")
@@ -92,12 +93,18 @@ def load(path: str, config: ConfigDict) -> Pretrained:
       f"{found.model.layers} layers of {found.where}, or 0 for all"
     )
   model = dataclasses.replace(
-    found.model,
+    _of_tokens(found.model, found.tokenizer),
     compute_dtype=config.model.compute_dtype,
     remat=config.model.remat,
     unroll=unroll,
   )
   return dataclasses.replace(found, model=model)
+
+
+def _of_tokens(model, tokenizer) -> transformer.TransformerConfig:
+  """Rows of the embedding that the tokenizer has no text for are no tokens."""
+  tokens = len(tokenizer) if len(tokenizer) < model.vocab_size else None
+  return dataclasses.replace(model, tokens=tokens)
 
 
 def load_workdir(directory: pathlib.Path) -> Pretrained:

@@ -104,7 +104,7 @@ def scored(params, sequences, model=LLAMA):
   hidden = rollout.teacher_forced(params, sequences, model=model)
   logprobs = logprobs_lib.token_logprobs(
     masking.response_states(hidden, R),
-    transformer.head(params),
+    transformer.head(params, model),
     sequences.response_tokens,
     temperature=TEMPERATURE,
     logits_per_chunk=10**6,
@@ -132,7 +132,7 @@ def test_levels_are_those_of_a_plain_forward(model):
       positions=jnp.arange(size)[None],
       mask=jnp.tril(jnp.ones((1, size, size), bool)),
     )
-    return hidden[0, -1] @ transformer.head(params).T / TEMPERATURE
+    return hidden[0, -1] @ transformer.head_kernel(params).T / TEMPERATURE
 
   for t in range(R):
     for row, prefix in enumerate(itertools.product(range(V), repeat=t)):

@@ -57,7 +57,7 @@ def by_token(model, texts):
       positions=jnp.arange(SIZE)[None],
       mask=jnp.tril(jnp.ones((1, SIZE, SIZE), bool)),
     )
-    head = transformer.head(model.params["transformer"])
+    head = transformer.head_kernel(model.params["transformer"])
     return jax.nn.log_softmax(hidden[0] @ head.T)
 
   total, count = 0.0, 0

@@ -89,7 +89,7 @@ def hidden(params, config, tokens):
 
 def logits(params, config, tokens):
   params = on_device(params)
-  return hidden(params, config, tokens) @ transformer.head(params).T
+  return hidden(params, config, tokens) @ transformer.head_kernel(params).T
 
 
 def assert_same_tree(found, wanted):
@@ -131,7 +131,9 @@ def test_stories_greedy_continuation_is_that_of_torch(stories):
       cache=cache,
       index=i,
     )
-    token = jnp.argmax(x[0, 0] @ transformer.head(params).T).astype(jnp.int32)
+    token = jnp.argmax(x[0, 0] @ transformer.head_kernel(params).T).astype(
+      jnp.int32
+    )
     return (token, cache), token
 
   start = jnp.int32(wanted[0]), transformer.init_cache(config, 1, length)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from rlhf_jax.models import convert, families, transformer
+from rlhf_jax.objective import logprobs
 from tests.models import zoo
 
 TOKENS = np.random.default_rng(0).integers(1, 13, (2, zoo.LENGTH))
@@ -60,7 +61,11 @@ def hidden(params, config, tokens):
 
 def logits(params, config, tokens):
   params = jax.tree.map(jnp.asarray, params)
-  return hidden(params, config, tokens) @ transformer.head(params).T
+  return logprobs.token_logits(
+    hidden(params, config, tokens),
+    transformer.head(params, config),
+    temperature=1.0,
+  )
 
 
 def loss(params, config, tokens):
@@ -153,7 +158,9 @@ def greedy(params, config, prompts, count):
       cache=cache,
       index=index,
     )
-    scores = x[:, -1] @ transformer.head(params).T
+    scores = logprobs.token_logits(
+      x[:, -1], transformer.head(params, config), temperature=1.0
+    )
     return scores.argmax(-1).astype(jnp.int32), cache
 
   cache = transformer.init_cache(config, len(prompts), total)

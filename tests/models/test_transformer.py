@@ -306,7 +306,7 @@ def test_bfloat16_computes_close_to_float32(config):
   hidden = forward(params, half, tokens)
   assert hidden.dtype == jnp.bfloat16
   found, wanted = (
-    logprobs.token_logits(x, transformer.head(params), temperature=1.0)
+    logprobs.token_logits(x, transformer.head(params, config), temperature=1.0)
     for x in (hidden, forward(params, config, tokens))
   )
   assert found.dtype == jnp.float32

@@ -91,7 +91,7 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     query_pre_attn_scalar=12,
     sliding_window=5,
     attn_logit_softcapping=2.0,
-    final_logit_softcapping=None,
+    final_logit_softcapping=3.0,
     attn_implementation="eager",  # The others leave the cap out.
   ),
   "gemma3_text": transformers.Gemma3TextConfig(

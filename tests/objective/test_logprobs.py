@@ -1,5 +1,6 @@
 """Logits to logprobs and tokens, against float64 numpy."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import types
 from rlhf_jax.objective import logprobs
 
 B, R, D, V = 3, 5, 8, 11
@@ -34,7 +36,7 @@ def make_model(seed, scale=1.0):
   hidden = scale * rng.normal(size=(B, R, D))
   return (
     jnp.asarray(hidden, jnp.float32),
-    jnp.asarray(rng.normal(size=(V, D)), jnp.float32),
+    types.Head(jnp.asarray(rng.normal(size=(V, D)), jnp.float32)),
   )
 
 
@@ -42,9 +44,18 @@ POLICY, REFERENCE = make_model(0), make_model(1)
 TARGETS = jnp.asarray(np.random.default_rng(2).integers(V, size=(B, R)))
 
 
+def in_float64(model):
+  return np.asarray(model[0], np.float64), np.asarray(model[1].kernel, "f8")
+
+
 def log_softmax(model, temperature):
-  hidden, head = (np.asarray(x, np.float64) for x in model)
-  logits = hidden @ head.T / temperature
+  hidden, kernel = in_float64(model)
+  logits = hidden @ kernel.T
+  if (cap := model[1].softcap) is not None:
+    logits = cap * np.tanh(logits / cap)
+  logits /= temperature
+  if (tokens := model[1].tokens) is not None:
+    logits[..., tokens:] = -np.inf
   logits -= logits.max(-1, keepdims=True)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -78,10 +89,44 @@ def test_gradient_of_token_logprobs(chunk):
   softmax = np.exp(log_softmax(POLICY, 0.7))
   logits_gradient = np.eye(V)[np.asarray(TARGETS)] - softmax
   logits_gradient *= weights[..., None] / 0.7
-  hidden, head = (np.asarray(x, np.float64) for x in POLICY)
-  np.testing.assert_allclose(found[0], logits_gradient @ head, atol=1e-5)
+  hidden, kernel = in_float64(POLICY)
+  np.testing.assert_allclose(found[0], logits_gradient @ kernel, atol=1e-5)
   wanted = np.einsum("brv,brd->vd", logits_gradient, hidden)
-  np.testing.assert_allclose(found[1], wanted, atol=1e-5)
+  np.testing.assert_allclose(found[1].kernel, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_capped_logits_and_ids_that_are_no_tokens(chunk):
+  """Gemma 2's c·tanh(x/c) before the temperature; 2 of 11 ids have no text."""
+  head = lambda model: dataclasses.replace(model[1], softcap=1.5, tokens=9)
+  policy, reference = ((m[0], head(m)) for m in (POLICY, REFERENCE))
+  targets = TARGETS % 9
+  log_p, log_q = (log_softmax(m, 0.7) for m in (policy, reference))
+  options = {"temperature": 0.7, "logits_per_chunk": chunk}
+  of = lambda x: np.take_along_axis(x, np.asarray(targets)[..., None], -1)
+  found = token_logprobs(*policy, targets, **options)
+  np.testing.assert_allclose(found, of(log_p)[..., 0], atol=1e-5)
+  compared = compare_models(policy, reference, targets, **options)
+  np.testing.assert_allclose(compared.logprobs, found, atol=1e-5)
+  real = slice(None, 9)
+  nats = np.exp(log_p) * np.where(np.exp(log_p), log_p - log_q, 0)
+  wanted = nats[..., real].sum(-1)
+  np.testing.assert_allclose(compared.reverse_kl, wanted, atol=1e-5)
+  gradient = jax.grad(
+    lambda model: compare_models(
+      model, reference, targets, **options
+    ).reverse_kl.sum()
+  )(policy)
+  # By the other road: autodiff of the definition, over the tokens alone.
+
+  def by_definition(model):
+    hidden, head = model
+    logits = 1.5 * jnp.tanh(hidden @ head.kernel[real].T / 1.5) / 0.7
+    p = jax.nn.log_softmax(logits)
+    return (jnp.exp(p) * (p - log_q[..., real].astype("f4"))).sum()
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5)
+  jax.tree.map(close, gradient, jax.grad(by_definition)(policy))
 
 
 def test_no_chunk_holds_more_logits_than_allowed():
@@ -386,7 +431,8 @@ def test_filters_by_hand_with_ties():
 
 def test_bfloat16_states_are_scored_in_float32():
   """Trap 10: logits keep float32 whatever the network computes in."""
-  hidden, head = (x.astype(jnp.bfloat16) for x in POLICY)
+  half = lambda x: x.astype(jnp.bfloat16)
+  hidden, head = half(POLICY[0]), types.Head(half(POLICY[1].kernel))
   logits = logprobs.token_logits(hidden, POLICY[1], temperature=1.0)
   assert logits.dtype == jnp.float32
   wanted = log_softmax((hidden, head), 1.0)

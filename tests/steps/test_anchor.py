@@ -74,7 +74,7 @@ def logprobs_of(params, texts):
     positions=jnp.broadcast_to(jnp.arange(size), tokens.shape),
     mask=jnp.tril(jnp.ones((len(texts), size, size), bool)),
   )
-  head = np.asarray(transformer.head(params["transformer"]), "f8")
+  head = np.asarray(transformer.head_kernel(params["transformer"]), "f8")
   logits = np.asarray(hidden, "f8") @ head.T / CONFIG.rollout.temperature
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -204,7 +204,7 @@ def _loss(policy, held, sequences, penalty):
     hidden = rollout.teacher_forced(
       params["transformer"], sequences, model=MODEL
     )[:, -R - 1 : -1]
-    head = transformer.head(params["transformer"])
+    head = transformer.head_kernel(params["transformer"])
     return jax.nn.log_softmax(hidden @ head.T / CONFIG.rollout.temperature)
 
   chosen = lambda x: jnp.take_along_axis(

@@ -101,7 +101,7 @@ def response_logprob(params, sequences, row):
     positions=jnp.arange(len(text))[None],
     mask=jnp.tril(jnp.ones((1, len(text), len(text)), bool)),
   )
-  head = np.asarray(transformer.head(params["transformer"]), np.float64)
+  head = np.asarray(transformer.head_kernel(params["transformer"]), np.float64)
   logits = np.asarray(hidden[0], np.float64) @ head.T / TEMPERATURE
   logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   return sum(logprobs[t, text[t + 1]] for t in range(size))

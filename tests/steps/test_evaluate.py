@@ -163,7 +163,7 @@ def by_hand(policy, sequences, clean):
       policy["transformer"], sequences, model=MODEL
     )
     states = masking.response_states(hidden, R)
-    head = transformer.head(policy["transformer"])
+    head = transformer.head_kernel(policy["transformer"])
     return jax.nn.log_softmax(states @ head.T / ROLLOUT.temperature)
 
   log_p, log_q = np.float64(logits(sequences)), np.float64(logits(clean))

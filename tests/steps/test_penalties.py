@@ -89,7 +89,7 @@ def response_logits(params, tokens):
   hidden = rollout.teacher_forced(params["transformer"], sequences, model=MODEL)
   return logprobs.token_logits(
     masking.response_states(hidden, R),
-    transformer.head(params["transformer"]),
+    transformer.head(params["transformer"], MODEL),
     temperature=TEMPERATURE,
   )
 
@@ -301,7 +301,7 @@ def test_nan_under_the_mask_reaches_no_gradient(key):
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   mask = jnp.asarray(MASK)
   rows = len(MASK)
-  head = draw(V, MODEL.width)
+  head = types.Head(draw(V, MODEL.width))
   hidden = draw(rows, R, MODEL.width)
   columns = {
     name: draw(rows, R)

@@ -298,7 +298,9 @@ def test_noise_is_new_in_every_row_and_step(step, models):
 def full_logprobs(params, sequences):
   """Float64 log-softmax `[n, V]` of each response; no padding on the left."""
   logits = hidden_states(params, texts_of(sequences))
-  logits = logits @ np.asarray(transformer.head(params["transformer"]), "f8").T
+  logits = (
+    logits @ np.asarray(transformer.head_kernel(params["transformer"]), "f8").T
+  )
   logits = logits / ONCE.rollout.temperature
   logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   return [

@@ -70,7 +70,7 @@ def scored(written, model, temperature=1.0):
   params = make_params(model)
   hidden = _hidden_of(model)(params, jax.tree.map(jnp.asarray, written))
   states = masking.response_states(hidden, R)
-  head = np.asarray(transformer.head(params), np.float64)
+  head = np.asarray(transformer.head_kernel(params), np.float64)
   logits = np.asarray(states, np.float64) @ head.T / temperature
   logits -= logits.max(-1, keepdims=True)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -98,7 +98,7 @@ def test_each_row_is_scored_as_if_it_were_alone(model):
   """Traps 7 and 8: from position 0, no left padding, no batch, no cache."""
   written = write(model)
   params = make_params(model)
-  head = np.asarray(transformer.head(params), np.float64)
+  head = np.asarray(transformer.head_kernel(params), np.float64)
   apply = jax.jit(functools.partial(transformer.apply, config=model))
   for row in (0, 1):
     prompt_length = LENGTHS[row]
@@ -280,7 +280,7 @@ def test_tokens_are_drawn_from_the_policy(temperature, top_k):
     positions=jnp.arange(2)[None],
     mask=jnp.tril(jnp.ones((1, 2, 2), bool)),
   )
-  head = np.asarray(transformer.head(params), np.float64)
+  head = np.asarray(transformer.head_kernel(params), np.float64)
   p = np.exp(head @ np.asarray(hidden[0, -1]) / temperature)
   if top_k:
     p[p < np.sort(p)[-top_k]] = 0

@@ -59,7 +59,7 @@ def nll_sum(params, text, prompt):
     positions=jnp.arange(T)[None],
     mask=jnp.tril(jnp.ones((1, T, T), bool)),
   )
-  head = np.asarray(transformer.head(params["transformer"]), np.float64)
+  head = np.asarray(transformer.head_kernel(params["transformer"]), np.float64)
   logits = np.asarray(hidden[0], np.float64) @ head.T
   logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   predicted = range(max(prompt, 1), size)

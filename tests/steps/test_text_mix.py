@@ -135,7 +135,7 @@ def _log_softmax(params, tokens):
     positions=jnp.broadcast_to(jnp.arange(T), tokens.shape),
     mask=jnp.tril(jnp.ones((len(tokens), T, T), bool)),
   )
-  head = transformer.head(params["transformer"])
+  head = transformer.head_kernel(params["transformer"])
   return jax.nn.log_softmax(hidden @ head.T)
 
 

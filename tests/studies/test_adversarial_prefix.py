@@ -187,7 +187,10 @@ def test_what_is_measured_by_hand(config, monkeypatch):
 
 def next_words(model, read, answer):
   """Logprobs of every word at each place of the answer."""
-  ids, head = read + answer, transformer.head(model.params["transformer"])
+  ids, head = (
+    read + answer,
+    transformer.head_kernel(model.params["transformer"]),
+  )
   hidden, _ = transformer.apply(
     model.params["transformer"],
     jnp.array([ids]),
