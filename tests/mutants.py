@@ -326,8 +326,8 @@ MUTANTS = (
   Mutant(
     "attention-scale",
     "rlhf_jax/models/transformer.py",
-    "queries / math.sqrt(config.head_size)",
-    "queries / config.head_size",
+    "queries / math.sqrt(scalar)",
+    "queries / scalar",
     "tests/models/test_transformer.py::test_forward_is_that_of_numpy",
   ),
   Mutant(
@@ -340,15 +340,78 @@ MUTANTS = (
   Mutant(
     "norm-without-its-scale",
     "rlhf_jax/models/transformer.py",
-    "config.norm_epsilon) * scale",
-    "config.norm_epsilon)",
+    "y = x32 * lax.rsqrt(variance + config.norm_epsilon) * scale",
+    "y = x32 * lax.rsqrt(variance + config.norm_epsilon)",
     "tests/models/test_transformer.py::test_norms_against_numpy",
+  ),
+  Mutant(
+    "window-one-wider",
+    "rlhf_jax/models/transformer.py",
+    "distance < config.window",
+    "distance <= config.window",
+    "tests/models/test_parity.py::test_logits_and_round_trip[mistral]",
+  ),
+  Mutant(
+    "local-layers-turn-as-global",
+    "rlhf_jax/models/transformer.py",
+    'if kind == "local" and config.local_rope_theta is not None:',
+    'if kind == "nowhere":',
+    "tests/models/test_parity.py::test_logits_and_round_trip[gemma3_text]",
+  ),
+  Mutant(
+    "parallel-mlp-reads-the-sum",
+    "rlhf_jax/models/transformer.py",
+    "read = x if config.parallel_residual else x + y",
+    "read = x + y",
+    "tests/models/test_parity.py::test_logits_and_round_trip[gpt_neox]",
+  ),
+  Mutant(
+    "scanned-layers-of-one-kind",
+    "rlhf_jax/models/transformer.py",
+    "jax.tree.map(lambda x: x[place], stacked)",
+    "jax.tree.map(lambda x: x[0], stacked)",
+    "tests/models/test_parity.py::test_scanned_layers_are_the_unrolled_ones[smollm3]",
+  ),
+  Mutant(
+    "cap-after-the-temperature",
+    "rlhf_jax/objective/logprobs.py",
+    "logits = head.softcap * jnp.tanh(logits / head.softcap)",
+    "logits = head.softcap * jnp.tanh(logits / temperature / head.softcap)",
+    "tests/objective/test_logprobs.py::test_capped_logits_and_ids_that_are_no_tokens",
+  ),
+  Mutant(
+    "ids-without-text-are-drawn",
+    "rlhf_jax/objective/logprobs.py",
+    "if head.tokens is not None:",
+    "if False:",
+    "tests/steps/test_ppo.py::test_what_families_differ_in_goes_through_the_whole_step",
+  ),
+  Mutant(
+    "chosen-logit-uncapped",
+    "rlhf_jax/objective/logprobs.py",
+    "chosen = _scaled(chosen, head, temperature)",
+    "chosen = chosen / temperature",
+    "tests/objective/test_logprobs.py::test_capped_logits_and_ids_that_are_no_tokens",
+  ),
+  Mutant(
+    "yarn-without-its-attention-factor",
+    "rlhf_jax/models/rope.py",
+    "return stretched, _yarn_attention(scaling, factor)",
+    "return stretched, 1.0",
+    "tests/models/test_parity.py::test_logits_and_round_trip[llama_yarn]",
+  ),
+  Mutant(
+    "keys-and-values-swapped-in-one-tensor",
+    "rlhf_jax/models/layouts.py",
+    "np.array([wide - 2, wide - 1])",
+    "np.array([wide - 2, wide - 2])",
+    "tests/models/test_parity.py::test_logits_and_round_trip[phi3]",
   ),
   Mutant(
     "tied-head-untied",
     "rlhf_jax/models/convert.py",
-    '"|lm_head.weight" * config.tie_embeddings',
-    '"|lm_head.weight"',
+    'f"|{head}" * config.tie_embeddings',
+    'f"|{head}"',
     (
       "tests/models/test_convert.py"
       "::test_lm_head_of_an_untied_reward_model_is_extra"

@@ -97,9 +97,8 @@ def frequencies(
     return plain / divisors, _longrope_attention(scaling, factor)
   if scaling.kind == "yarn":
     keep = _yarn_kept(scaling, size, theta)
-    return plain * (keep + (1 - keep) / factor), _yarn_attention(
-      scaling, factor
-    )
+    stretched = plain * (keep + (1 - keep) / factor)
+    return stretched, _yarn_attention(scaling, factor)
   keep = _llama3_kept(scaling, plain)
   return plain * (keep + (1 - keep) / factor), 1.0
 

@@ -122,6 +122,35 @@ def test_kl_is_zero_and_ratio_one_at_step_0(temperature, prompt_size, top_p):
   assert scalars["ppo/clip_fraction"] == 0.0
 
 
+def test_what_families_differ_in_goes_through_the_whole_step():
+  """Windows, caps, norms and ids without text: sampler and scorers agree."""
+  model = dataclasses.replace(
+    MODEL,
+    layer_kinds=("local", "unturned"),
+    window=3,
+    qk_norm="heads",
+    norms_after=True,
+    attention_softcap=2.0,
+    logit_softcap=1.5,
+    tokens=9,
+  )
+  config = dataclasses.replace(CONFIG, model=model)
+  policy = tiny.policy(0, model)
+  still = tiny.keep_gradient(0.0)
+  _, metrics = run(
+    compile_step(config, still), still, policy, reference.freeze(policy), SCORES
+  )
+  scalars = metrics.scalars
+  assert scalars["kl/reverse_exact"] == 0 == scalars["kl/reverse_k3"]
+  assert scalars["rollout/logprob_max_abs_diff"] < 1e-5
+  sequences = metrics.samples.sequences
+  mask = np.arange(R) < sequences.response_lengths[:, None]
+  drawn = sequences.response_tokens[mask]
+  assert drawn.max() == 8 and len(set(drawn)) > 4
+  # The entropy is one over the tokens.
+  assert 0 < scalars["ppo/entropy"] <= np.log(9)
+
+
 def test_the_ratio_is_to_the_policy_that_sampled(monkeypatch):
   """In bfloat16, where decoding and learning need not read the same.
 
