@@ -37,10 +37,12 @@ def prompts_array(
   pad_id: int,
   vocab_size: int,
   where: str,
+  bos_id: int | None = None,
 ) -> tuple[types.Prompts, Cut]:
   """Left-pads prompts to P = `prompt_length` tokens.
 
   A longer prompt keeps its last P tokens: a response follows a prompt's end.
+  If it begins with BOS, that stays too: a model reads little without it.
 
   Args:
     token_ids: The ids of each prompt.
@@ -48,15 +50,23 @@ def prompts_array(
     pad_id: Any id of the vocabulary; the lengths say what is padding.
     vocab_size: All ids are below it.
     where: Where the rows came from: errors begin with it.
+    bos_id: Of the tokenizer, if it has one.
 
   Raises:
     UserError: A prompt is empty, or an id is outside the vocabulary.
   """
   _check(token_ids, pad_id=pad_id, vocab_size=vocab_size, where=where)
   _refuse_empty(token_ids, where=f"{where}: prompt")
-  kept = [ids[-prompt_length:] for ids in token_ids]
+  kept = [_end_of(ids, prompt_length, bos_id) for ids in token_ids]
   tokens, lengths = _padded(kept, prompt_length, pad_id=pad_id, left=True)
   return types.Prompts(tokens, lengths), _cut(token_ids, kept)
+
+
+def _end_of(ids: Ids, size: int, bos_id: int | None) -> Ids:
+  """Its last tokens, behind its BOS."""
+  if len(ids) <= size or ids[0] != bos_id or size < 2:
+    return ids[-size:]
+  return [*ids[:1], *ids[1 - size :]]
 
 
 def sequences_array(
@@ -67,10 +77,12 @@ def sequences_array(
   pad_id: int,
   vocab_size: int,
   where: str,
+  bos_id: int | None = None,
 ) -> tuple[types.Sequences, Cut]:
   """Lays out (prompt, response) ids, padded left to P and right to R tokens.
 
-  A longer prompt keeps its last P tokens, a longer response its first R. An
+  A longer prompt is cut as by `prompts_array`, a longer response keeps its
+  first R. An
   empty response is one of length 0. `Cut` counts prompts and responses.
 
   Raises:
@@ -82,6 +94,7 @@ def sequences_array(
     pad_id=pad_id,
     vocab_size=vocab_size,
     where=where,
+    bos_id=bos_id,
   )
   responses = [response for _, response in pairs]
   _check(responses, pad_id=pad_id, vocab_size=vocab_size, where=where)
@@ -99,6 +112,7 @@ def preference_pairs_array(
   pad_id: int,
   vocab_size: int,
   where: str,
+  bos_id: int | None = None,
 ) -> tuple[types.PreferencePairs, Cut]:
   """Lays out (prompt, chosen, rejected) ids as `sequences_array` does, twice.
 
@@ -111,6 +125,7 @@ def preference_pairs_array(
     response_length=response_length,
     pad_id=pad_id,
     vocab_size=vocab_size,
+    bos_id=bos_id,
   )
   chosen, chosen_cut = lay_out(
     [(prompt, chosen) for prompt, chosen, _ in pairs], where=f"{where}: chosen"

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
 
-from rlhf_jax import types
+from rlhf_jax import errors, types
 from rlhf_jax.data import arrays, batches, readers, sampling
 from rlhf_jax.settings import static
 from rlhf_jax.storage import pretrained as pretrained_lib
@@ -42,6 +42,7 @@ def read(
     "response_length": config.rollout.response_length,
     "pad_id": policy.pad_id,
     "vocab_size": policy.model.vocab_size,
+    "bos_id": policy.bos_id,
   }
   if not (path := config.data.path):
     return sampled(config, policy)
@@ -65,7 +66,35 @@ def read(
       f"{cut.tokens} tokens",
       highlight=False,
     )
-  return pairs
+  return _told_apart(pairs, console, stage=stage, path=path)
+
+
+def _told_apart(pairs, console, *, stage, path) -> types.PreferencePairs:
+  """The pairs whose responses still differ now that they are cut.
+
+  Others teach nothing: their loss is log 2, and its gradient 0.
+
+  Raises:
+    UserError: They are more than `readers.MAX_UNUSABLE_FRACTION`.
+  """
+  chosen, rejected = pairs.chosen, pairs.rejected
+  same = chosen.response_lengths == rejected.response_lengths
+  same &= (chosen.response_tokens == rejected.response_tokens).all(1)
+  count, total = int(same.sum()), len(same)
+  if count > readers.MAX_UNUSABLE_FRACTION * total:
+    length = chosen.response_tokens.shape[1]
+    raise errors.UserError(
+      f"config.rollout.response_length: {length}; cut to that, chosen and "
+      f"rejected are the same in {count} of {total} pairs of {path}; at most "
+      f"{readers.MAX_UNUSABLE_FRACTION:.0%} may be so (they are left out): "
+      "allow longer responses"
+    )
+  if count:
+    console.print(
+      f"{stage}: {count} pairs are the same once they are cut, and left out",
+      highlight=False,
+    )
+  return jax.tree.map(lambda rows: rows[~same], pairs)
 
 
 def sampled(

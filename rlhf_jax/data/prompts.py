@@ -10,6 +10,9 @@ from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.text import toy_language
 
 
+MANY_CUT = 0.1  # Of the prompts; more speaks of a length that is set wrong.
+
+
 def load(
   config: ConfigDict,
   policy: pretrained_lib.Pretrained,
@@ -30,9 +33,11 @@ def load(
     )
   array, cut = sampling.prompts_array(texts, config, policy, path or "toy")
   if cut.rows:
+    alarm = "alarm: " if cut.rows > MANY_CUT * len(texts) else ""
     console.print(
-      f"ppo: {cut.rows} prompts are longer than rollout.prompt_length="
-      f"{config.rollout.prompt_length} and lost their first tokens",
+      f"ppo: {alarm}{cut.rows} of {len(texts)} prompts are longer than "
+      f"rollout.prompt_length={config.rollout.prompt_length} and lost their "
+      "first tokens",
       highlight=False,
     )
   return array

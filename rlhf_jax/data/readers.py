@@ -37,6 +37,8 @@ _JSON_NAMES = {
   type(None): "null",
 }
 
+_GZIP = b"\x1f\x8b"
+
 Path = str | os.PathLike[str]
 
 
@@ -54,7 +56,8 @@ class Counts:
 
   `rows` came back, and `duplicates` of them repeat an earlier one. Pairs that
   teach nothing were left out: `identical` (chosen = rejected) and `empty`
-  (a transcript whose last reply is white space).
+  (a transcript whose last reply is white space). `repeated` says that all
+  responses began with their prompts, which were cut from them.
   """
 
   noun: str
@@ -62,6 +65,7 @@ class Counts:
   duplicates: int
   identical: int = 0
   empty: int = 0
+  repeated: bool = False
 
   def __str__(self) -> str:
     parts = (
@@ -70,6 +74,8 @@ class Counts:
       (self.duplicates, "duplicates"),
     )
     notes = [f"{count:,} {what}" for count, what in parts if count]
+    if self.repeated:
+      notes.append("each prompt cut from its responses, which repeat it")
     return "; ".join([f"{self.rows:,} {self.noun}", *notes])
 
 
@@ -106,8 +112,8 @@ def read_texts(path: Path) -> tuple[list[tuple[str, str]], Counts]:
 def read_pairs(path: Path) -> tuple[list[PairText], Counts]:
   """Reads preference pairs: `.jsonl` with `prompt`, `chosen`, `rejected`.
 
-  Where both responses begin with the prompt it is cut from them. Where there
-  is no prompt the two are transcripts, and the prompt is what they share up to
+  Where all responses of the file begin with their prompts these are cut from
+  them: some begin so by chance. Where there is no prompt the two are transcripts, and the prompt is what they share up to
   and including their last common `Assistant:` marker. Pairs that teach nothing
   are left out and counted; a white field is an error.
 
@@ -117,8 +123,13 @@ def read_pairs(path: Path) -> tuple[list[PairText], Counts]:
   """
   _suffix(path, ".jsonl")
   pairs, identical, empty = [], [], []
-  for where, row in _objects(path):
-    pair = _pair(where, row)
+  read = [(where, _pair(where, row)) for where, row in _objects(path)]
+  repeated = bool(read) and all(_repeats_its_prompt(pair) for _, pair in read)
+  for where, pair in read:
+    if repeated:
+      pair = PairText(
+        pair.prompt, *(text[len(pair.prompt) :] for text in pair[1:])
+      )
     if not pair.chosen.strip() or not pair.rejected.strip():
       empty.append(where)
     elif pair.chosen == pair.rejected:
@@ -130,8 +141,12 @@ def read_pairs(path: Path) -> tuple[list[PairText], Counts]:
   _refuse_many(empty, total, "chosen or rejected: an empty reply")
   counts = _count(path, "pairs", pairs)
   return pairs, dataclasses.replace(
-    counts, identical=len(identical), empty=len(empty)
+    counts, identical=len(identical), empty=len(empty), repeated=repeated
   )
+
+
+def _repeats_its_prompt(pair: PairText) -> bool:
+  return all(text.startswith(pair.prompt) for text in pair[1:])
 
 
 def _refuse_many(places: list[str], total: int, found: str) -> None:
@@ -171,18 +186,8 @@ def _pair(where: str, row: dict[str, Any]) -> PairText:
   if "prompt" not in row:
     _refuse_misspelling(where, row, "prompt")
     prompt = _shared_prompt(where, chosen, rejected)
-  else:
-    prompt = _field(where, row, "prompt")
-    repeats = (chosen.startswith(prompt), rejected.startswith(prompt))
-    if not any(repeats):
-      return PairText(prompt, chosen, rejected)
-    if not all(repeats):
-      name = "rejected" if repeats[0] else "chosen"
-      raise UserError(
-        f"{where}: {name}: does not begin with the prompt, and the other"
-        " response does; wanted the prompt at the start of both or of neither"
-      )
-  return PairText(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+    return PairText(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+  return PairText(_field(where, row, "prompt"), chosen, rejected)
 
 
 def _shared_prompt(where: str, chosen: str, rejected: str) -> str:
@@ -243,7 +248,9 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not line.text.strip():
       continue
     try:
-      row = json.loads(line.text)
+      row = json.loads(
+        line.text, object_pairs_hook=_once_each, parse_constant=_no_number
+      )
     except json.JSONDecodeError as error:
       if not line.terminated:
         raise _truncated(line.where, line.start, line.end) from None
@@ -259,6 +266,20 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ' such as {"prompt": "…"}'
       )
     yield line.where, row
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object; JSON's reader would keep the last of two values in silence."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"{twice!r} stands twice in one object")
+  return found
+
+
+def _no_number(name: str) -> None:
+  raise ValueError(f"{name} is no number of JSON's")
 
 
 def _documents(path: Path) -> Iterator[str]:
@@ -288,6 +309,8 @@ def _lines(path: Path) -> Iterator[_Line]:
     raise UserError(
       f"{path}: {error.strerror}; wanted a readable file"
     ) from None
+  if data.startswith(_GZIP):
+    raise UserError(f"{path}: compressed by gzip; unpack it with gunzip first")
   end = -1
   # Not splitlines: U+2028 and its like are text within a row.
   for number, raw in enumerate(data.split(b"\n"), start=1):

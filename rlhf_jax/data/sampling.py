@@ -44,6 +44,7 @@ def prompts_array(
     pad_id=pretrained.pad_id,
     vocab_size=pretrained.model.vocab_size,
     where=where,
+    bos_id=pretrained.bos_id,
   )
   length = config.rollout.prompt_length
   prefix = prefix_lib.of(config, pretrained)

@@ -8,9 +8,11 @@ A language model's tree is that of `transformer.init`; a reward model's is
 say what is called what, `hf_files` reads and writes the files.
 """
 
+import dataclasses
 import os
 import pathlib
 from typing import Literal
+import warnings
 
 import jax
 import numpy as np
@@ -42,6 +44,7 @@ def load(
       are not exactly its own; one message lists all that is wrong.
   """
   directory = pathlib.Path(directory)
+  hf_files.check_directory(directory)
   where = directory / "config.json"
   hf = hf_files.read_json(where)
   family, reward_model = families.family_of(hf, where=str(where))
@@ -52,17 +55,22 @@ def load(
     remat=remat,
     compute_dtype=compute_dtype,
   )
-  template = _template(config, reward_model)
-  wanted = jax.eval_shape(lambda x: layouts.to_hf(x, family.weights), template)
-  shapes = {name: tensor.shape for name, tensor in wanted.items()}
-  (head,) = family.weights["lm_head/kernel"].names
-  ignored = family.ignored + f"|{head}" * config.tie_embeddings
   with hf_files.open_tensors(directory, prefix=family.prefix) as tensors:
+    if not reward_model:
+      config = _untied_if_so(config, family, tensors, where)
+    template = _template(config, reward_model)
+    to_hf = lambda tree: layouts.to_hf(tree, family.weights)
+    wanted = jax.eval_shape(to_hf, template)
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    (head,) = family.weights["lm_head/kernel"].names
+    ignored = family.ignored + f"|{head}" * config.tie_embeddings
     hf_files.check_tensors(
       tensors, shapes, ignored=ignored, where=str(directory)
     )
     read = lambda name: tensors[name].read()
     params = layouts.from_hf(template, family.weights, read)
+    dtype = hf_files.dtype_of(tensors)
+  config = dataclasses.replace(config, stored_dtype=dtype)
   if reward_model:
     score_head = params.pop("score_head")
     return {"transformer": params, "score_head": score_head}, config
@@ -77,9 +85,10 @@ def save(
   stop_ids: tuple[int, ...],
   pad_id: int | None,
   bos_id: int | None,
+  dtype: hf_files.DType = "float32",
   max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a directory that `transformers` loads, in float32.
+  """Writes a directory that `transformers` loads.
 
   Args:
     directory: New, or without a model in it.
@@ -88,6 +97,7 @@ def save(
     stop_ids: Ids that end a response; `eos_token_id` there.
     pad_id: `pad_token_id` there; a reward model needs one to score batches.
     bos_id: `bos_token_id` there.
+    dtype: Of the weights.
     max_shard_bytes: A larger model is divided over several files.
 
   Raises:
@@ -102,11 +112,14 @@ def save(
     stop_ids=stop_ids,
     pad_id=pad_id,
     bos_id=bos_id,
+    dtype=dtype,
   )
   family, _ = families.family_of(hf, where=str(directory))
   if reward_model:
     params = params["transformer"] | {"score_head": params["score_head"]}
-  params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+  params = jax.tree.map(
+    lambda leaf: np.asarray(leaf, hf_files.DTYPES[dtype]), params
+  )
   tensors = layouts.to_hf(params, family.weights)
   hf_files.make_directory(directory)
   hf_files.write_tensors(directory, tensors, max_shard_bytes=max_shard_bytes)
@@ -115,6 +128,23 @@ def save(
     generation = {name: hf[name] for name in names}
     hf_files.write_json(directory / "generation_config.json", generation)
   hf_files.write_json(directory / "config.json", hf)  # Last: now it is a model.
+
+
+def _untied_if_so(config, family, tensors, where):
+  """As `transformers` reads a head that is not the embedding: it counts."""
+  (head,) = family.weights["lm_head/kernel"].names
+  (embedding,) = family.weights["embedding/tokens"].names
+  pair = [tensors[name] for name in (embedding, head) if name in tensors]
+  if not config.tie_embeddings or len(pair) < 2:
+    return config
+  if np.array_equal(*(tensor.read() for tensor in pair)):
+    return config
+  warnings.warn(
+    f"{where}: tie_word_embeddings: True, and {head} is not {embedding}; the "
+    "two are kept apart, as transformers does",
+    stacklevel=3,
+  )
+  return dataclasses.replace(config, tie_embeddings=False)
 
 
 def _template(config, reward_model):

@@ -24,7 +24,7 @@ from rlhf_jax.models.fields import Reader
 # Fields of ours that say how to run the network, and not what it computes.
 _HOW_TO_RUN = ("compute_dtype", "unroll", "remat")
 # Fields of ours that no config.json has, for they are not of the network.
-_NOT_THERE = ("family", "tokens")
+_NOT_THERE = ("family", "stored_dtype", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -521,6 +521,7 @@ def config_to_hf(
   stop_ids: tuple[int, ...],
   pad_id: int | None,
   bos_id: int | None,
+  dtype: str = "float32",
 ) -> dict[str, Any]:
   """The content of a `config.json` that `transformers.AutoConfig` loads.
 
@@ -545,7 +546,8 @@ def config_to_hf(
   name = family.reward_model if reward_model else family.language_model
   hf |= {
     "architectures": [name],
-    "dtype": "float32",
+    "dtype": dtype,
+    "torch_dtype": dtype,  # As transformers 4 has it.
     "bos_token_id": bos_id,
     "eos_token_id": list(stop_ids) or None,
     "pad_token_id": pad_id,

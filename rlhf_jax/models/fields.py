@@ -119,7 +119,7 @@ def rotary(
     inside = _rope_to_hf(config.rope_theta, config.rope_scaling)
     outside = {
       theta: config.rope_theta,
-      "rope_scaling": _without_theta(inside) if config.rope_scaling else None,
+      "rope_scaling": _as_before(inside, config.rope_scaling),
     }
     if partial is not None:
       inside["partial_rotary_factor"] = config.turning_size / config.head_size
@@ -158,7 +158,7 @@ def _two_ropes() -> Reader:
     return {
       "rope_theta": config.rope_theta,
       local: config.local_rope_theta,
-      "rope_scaling": _without_theta(full) if config.rope_scaling else None,
+      "rope_scaling": _as_before(full, config.rope_scaling),
       "rope_parameters": {
         _FULL: full,
         _SLIDING: _rope_to_hf(config.local_rope_theta, None),
@@ -201,7 +201,7 @@ def _one_rope(given, values, where, *, share=1.0):
       for ours, theirs in known.items()
       if ours in required or rope_of.get(theirs) is not None
     }
-    found["rope_scaling"] = rope.RopeScaling(kind=kind, **scaling)
+    found["rope_scaling"] = _plainest(rope.RopeScaling(kind=kind, **scaling))
   return found
 
 
@@ -228,8 +228,38 @@ def _rope_to_hf(theta, scaling):
   return found | {"rope_type": scaling.kind}
 
 
-def _without_theta(inside):
-  return {name: x for name, x in inside.items() if name != "rope_theta"}
+def _as_before(inside, scaling):
+  """As transformers 4 reads it: without the base, and with less of longrope.
+
+  That has a factor and an original length of its own making, and Phi-3's takes
+  three fields; what its formula would get wrong is said as a number.
+  """
+  if scaling is None:
+    return None
+  if scaling.kind != "longrope":
+    return {name: x for name, x in inside.items() if name != "rope_theta"}
+  found = {
+    "type": "longrope",
+    "short_factor": inside["short_factor"],
+    "long_factor": inside["long_factor"],
+  }
+  if scaling.factor is not None:
+    found["factor"] = scaling.factor
+    found["attention_factor"] = scaling.attention_factor
+    if scaling.attention_factor is None:
+      found["attention_factor"] = rope.longrope_attention(
+        scaling, scaling.factor
+      )
+  return found
+
+
+def _plainest(scaling):
+  """Without an attention factor that is the formula's own."""
+  if scaling.kind == "longrope" and scaling.factor is not None:
+    usual = rope.longrope_attention(scaling, scaling.factor)
+    if scaling.attention_factor == usual:
+      return dataclasses.replace(scaling, attention_factor=None)
+  return scaling
 
 
 TWO_ROPES = _two_ropes()

@@ -12,8 +12,9 @@ import hashlib
 import json
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -25,7 +26,28 @@ _INDEX = "model.safetensors.index.json"
 _SUMS = "SHA256SUMS"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PICKLE_MAGIC = (b"PK\x03\x04", *(b"\x80" + bytes([i]) for i in range(2, 6)))
-_DTYPES = ("F32", "F16", "BF16")
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, Any] = {
+  "float32": np.float32,
+  "bfloat16": ml_dtypes.bfloat16,
+  "float16": np.float16,
+}
+_NAMES: dict[str, DType] = {  # As safetensors spells them.
+  "F32": "float32",
+  "F16": "float16",
+  "BF16": "bfloat16",
+}
+_LFS_POINTER = b"version https://git-lfs"
+_WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and DDP's.
+# What names of tensors say of a file that is no whole model.
+_NOT_A_MODEL = (
+  (r"\.lora_[AB]\.|lora_embedding", "an adapter's; merge it into its base"),
+  (r"(^|\.)v_head\.", "a value head's; save the language model without it"),
+  (
+    r"\.(qweight|qzeros|SCB|absmax)$|\.weight_scale",
+    "quantised; save the model in bfloat16 or float32",
+  ),
+)
 
 
 class Stored(NamedTuple):
@@ -102,7 +124,7 @@ def open_tensors(
     for path in files:
       file = stack.enter_context(_open(path))
       names = file.keys()
-      tensors |= {name: Stored(file, name) for name in names}
+      tensors |= {_bare(name): Stored(file, name) for name in names}
     if not any(name.startswith(prefix) for name in tensors):
       outside = ("lm_head.weight", "embed_out.weight", "score.weight")
       tensors = {
@@ -110,6 +132,13 @@ def open_tensors(
         for name, stored in tensors.items()
       }
     yield tensors
+
+
+def _bare(name: str) -> str:
+  """Without what a wrapper put in front of all names."""
+  for wrapper in _WRAPPERS:
+    name = name.removeprefix(wrapper)
+  return name
 
 
 def check_tensors(
@@ -134,21 +163,52 @@ def check_tensors(
   extra = sorted(tensors.keys() - shapes.keys())
   extra = [name for name in extra if not re.fullmatch(ignored, name)]
   problems = [f"{name} is missing" for name in missing]
-  problems += [f"{name} is extra" for name in extra]
+  problems += [f"{name} is extra{_said_of(name)}" for name in extra]
   for name in sorted(shapes.keys() & tensors.keys()):
     stored = tensors[name]
     if stored.shape != shapes[name]:
       problems.append(
         f"{name} has shape {stored.shape}, {shapes[name]} is wanted"
       )
-    if stored.dtype not in _DTYPES:
-      wanted = ", ".join(_DTYPES)
+    if stored.dtype not in _NAMES:
+      wanted = ", ".join(_NAMES)
       problems.append(f"{name} has dtype {stored.dtype}, not one of {wanted}")
     elif not np.isfinite(stored.read()).all():
       problems.append(f"{name} has NaN or infinite values")
   if problems:
     raise errors.UserError(
       f"{where}: weights that are not the config's model: {'; '.join(problems)}"
+    )
+
+
+def _said_of(name) -> str:
+  for pattern, meaning in _NOT_A_MODEL:
+    if re.search(pattern, name):
+      return f" ({meaning})"
+  return ""
+
+
+def dtype_of(tensors: Mapping[str, Stored]) -> DType:
+  """Of most of the numbers."""
+  sizes: dict[str, int] = {}
+  for stored in tensors.values():
+    size = int(np.prod(stored.shape))
+    sizes[stored.dtype] = sizes.get(stored.dtype, 0) + size
+  return _NAMES.get(max(sizes, key=lambda name: sizes[name]), "float32")
+
+
+def check_directory(directory: pathlib.Path) -> None:
+  """Names a directory that is no model by itself.
+
+  Raises:
+    UserError: It holds an adapter and no model.
+  """
+  adapter = directory / "adapter_config.json"
+  if adapter.is_file() and not (directory / "config.json").is_file():
+    base = read_json(adapter).get("base_model_name_or_path")
+    raise errors.UserError(
+      f"{directory}: an adapter of {base!r} and not a model; merge it into its "
+      "base (peft: merge_and_unload, save_pretrained), and give that directory"
     )
 
 
@@ -263,10 +323,12 @@ def _open(path: pathlib.Path):
     return safetensors.safe_open(path, framework="np")
   except (safetensors.SafetensorError, OSError) as error:
     with path.open("rb") as file:
-      start = file.read(4)
+      start = file.read(len(_LFS_POINTER))
     # Only now: a sound file's header length may look like a pickle's magic.
     if not start:
       found = "empty"
+    elif start == _LFS_POINTER:
+      found = "a Git LFS pointer (`git lfs pull` fetches the file itself)"
     elif start.startswith(_PICKLE_MAGIC):
       found = "a pickle by its first bytes, which can run any code when read"
     else:

@@ -139,7 +139,12 @@ def _yarn_attention(scaling, factor) -> float:
 def _longrope_attention(scaling, factor) -> float:
   if scaling.attention_factor is not None:
     return scaling.attention_factor
+  return longrope_attention(scaling, factor)
+
+
+def longrope_attention(scaling: RopeScaling, factor: float) -> float:
+  """What cosine and sine are multiplied by where nothing else is said."""
   if factor <= 1:
     return 1.0
-  original = scaling.original_max_length
+  original = scaling.original_max_length or factor
   return math.sqrt(1 + math.log(factor) / math.log(original))

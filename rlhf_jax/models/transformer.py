@@ -95,6 +95,7 @@ class TransformerConfig:
     compute_dtype: Of matmul inputs; parameters and logits are float32.
     family: Where it came from, by `model_type`; says what is exported where
       several families have such a network, and nothing else.
+    stored_dtype: Of the weights' file that it came from; what is exported.
   """
 
   vocab_size: int
@@ -134,6 +135,7 @@ class TransformerConfig:
   unroll: int = 1
   remat: bool = False
   family: str = ""
+  stored_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
   def __post_init__(self):
     if self.heads % self.kv_heads:

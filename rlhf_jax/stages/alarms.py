@@ -6,6 +6,7 @@ from typing import SupportsFloat
 STEPS_OF_SILENCE = 50  # before the same alarm is raised again
 
 # Nats that decoding and the learner may differ by at one token.
+MANY_TRUNCATED = 0.5  # Of the responses: the policy is not let finish.
 MISMATCH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
@@ -28,6 +29,7 @@ class Watch:
     - `kl/clamp_fraction` above 1 %: the KL is larger than it says.
     - `rollout/logprob_max_abs_diff` above its tolerance: the importance
       ratios of the update begin away from 1.
+    - `rollout/truncated_fraction` above a half: most responses do not end.
     """
     found = []
     for name, line in self._findings(scalars):
@@ -53,6 +55,13 @@ class Watch:
         name,
         f"{name} = {figure[name]:.1%} of the tokens are beyond 60 nats: the"
         " policy has left the reference; raise kl.beta",
+      )
+    name = "rollout/truncated_fraction"
+    if figure.get(name, 0.0) > MANY_TRUNCATED:
+      yield (
+        name,
+        f"{name} = {figure[name]:.0%} of the responses are cut off before they"
+        " end; raise rollout.response_length, or see to rollout.stop_ids",
       )
     name = "rollout/logprob_max_abs_diff"
     if figure[name] > self._tolerance:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
-from rlhf_jax import types
+from rlhf_jax import errors, types
 from rlhf_jax.data import batches, preferences, sampling
 from rlhf_jax.models import transformer
 from rlhf_jax.stages import training
@@ -26,6 +26,7 @@ from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.storage import workdir as workdir_lib
 
 MOMENT_PROMPTS = 512  # responses that the score is normalised on
+LEAST_DEVIATION = 1e-3  # of raw scores; less is noise, and would be a divisor
 
 
 def run(
@@ -82,4 +83,11 @@ def _moments(
   samples = sampling.sample(policy, asked, config, seed=config.seed + 1)
   raw = functools.partial(rewards.raw_scores, model=policy.model)
   scores = sampling.score(model, samples, config, function=raw)
-  return reward_model.moments(jnp.array(scores))
+  moments = reward_model.moments(jnp.array(scores))
+  if moments["std"] < LEAST_DEVIATION:
+    raise errors.UserError(
+      f"the reward model scores all that the policy writes alike (deviation "
+      f"{float(moments['std']):.1e}): it has learned nothing to be normalised "
+      "by; train it longer, or bring pairs that differ more"
+    )
+  return moments

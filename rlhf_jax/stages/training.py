@@ -158,7 +158,9 @@ def finish(
       stand where the names are alike.
     wall_s: Seconds that it took.
   """
-  pretrained_lib.save(workdir, model)
+  # As it was trained to end, whatever it was loaded with.
+  stop_ids = static.rollout_config(config, model).stop_ids
+  pretrained_lib.save(workdir, dataclasses.replace(model, stop_ids=stop_ids))
   summary = {
     "stage": config.stage,
     "seed": config.seed,

@@ -41,6 +41,12 @@ class Pretrained:
   where: str
 
   @property
+  def bos_id(self) -> int | None:
+    """What a text begins with, where the tokenizer has such an id."""
+    bos_id: Any = self.tokenizer.bos_token_id
+    return bos_id
+
+  @property
   def pad_id(self) -> int:
     """The tokenizer's pad, or 0: masks come from lengths and not from it."""
     pad_id: Any = self.tokenizer.pad_token_id
@@ -148,7 +154,7 @@ def save(workdir: workdir_lib.Workdir, pretrained: Pretrained) -> None:
     "stop_ids": list(pretrained.stop_ids),
   }
   checkpoint.save_params(workdir.path / "model", pretrained.params, metadata)
-  pretrained.tokenizer.save_pretrained(workdir.path / "tokenizer")
+  tokenizer_lib.save(pretrained.tokenizer, workdir.path / "tokenizer")
 
 
 def check_speaks_the_built_in_language(

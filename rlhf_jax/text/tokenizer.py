@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 import transformers
 
@@ -24,6 +25,9 @@ Tokenizer = transformers.PreTrainedTokenizerBase
 # Put before a text to see its ids as a continuation: for almost any text, one
 # of them is not joined to it. (A space would be lost after the line break.)
 _ANCHORS = (".", "a", "\n")
+_OF_THIS_MACHINE = ("name_or_path", "is_local", "local_files_only", "backend")
+_ONLY_TRANSFORMERS_5 = ("TokenizersBackend",)
+_WINDOW = 16  # Ids that `pieces` decodes at once, where it can.
 
 
 def load(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -52,6 +56,22 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
     raise errors.UserError(message) from error
 
 
+def save(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
+  """Writes the tokenizer's files, for other readers and other machines.
+
+  transformers 5 names a class that no other reader has, and where the
+  tokenizer came from on this machine.
+  """
+  tokenizer.save_pretrained(directory)
+  path = pathlib.Path(directory) / "tokenizer_config.json"
+  content = hf_files.read_json(path)
+  for name in _OF_THIS_MACHINE:
+    content.pop(name, None)
+  if content.get("tokenizer_class") in _ONLY_TRANSFORMERS_5:
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+  hf_files.write_json(path, content)
+
+
 def check(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
   """Requires a row of the embedding for every id.
 
@@ -77,17 +97,18 @@ def check(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
 def stop_ids(
   directory: str | os.PathLike[str], tokenizer: Tokenizer
 ) -> tuple[int, ...]:
-  """The ids that a model directory declares to end a text, sorted.
+  """The ids that a model directory declares to end a text.
 
-  A union of the eos ids in `generation_config.json`, `config.json` and the
-  tokenizer: they often differ. A model may end on yet another id.
+  A union of the eos ids of the tokenizer, `generation_config.json` and
+  `config.json`: they often differ. The tokenizer's stands first, for texts to
+  learn from are ended with that one; the others follow in their order. A model
+  may end on yet another id.
 
   Raises:
     UserError: If a file's eos is neither an id nor a list of ids.
   """
-  ids = set()
-  if tokenizer.eos_token_id is not None:
-    ids.add(tokenizer.eos_token_id)
+  own: Any = tokenizer.eos_token_id  # Its id may be typed as texts.
+  ids: list[int] = [] if own is None else [own]
   for name in ("generation_config.json", "config.json"):
     path = pathlib.Path(directory) / name
     if not path.is_file():
@@ -99,8 +120,8 @@ def stop_ids(
       raise errors.UserError(
         f"{path}: eos_token_id: {found!r}; an id or a list of ids is wanted"
       )
-    ids.update(eos)
-  return tuple(sorted(ids))
+    ids += eos
+  return tuple(dict.fromkeys(ids))
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -150,12 +171,21 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
   ids the last one has all.
   """
   found, done = [], ""
+  begin = whole = 0
   for end in range(1, len(ids) + 1):
-    text = decode(tokenizer, ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}")
+    raw = decode(tokenizer, ids[begin:end])
+    text = raw.rstrip("\N{REPLACEMENT CHARACTER}")
     # Bytes of a character that is not whole yet spoil those before them.
     piece = text[len(done) :] if text.startswith(done) else ""
     found.append(piece)
     done += piece
+    if text == raw and end - begin >= _WINDOW:
+      # Only the ids since the last whole character but one are decoded again,
+      # or the time would grow as the square of the ids.
+      begin, whole = whole, end
+      done = decode(tokenizer, ids[begin:end])
+    elif text == raw:
+      whole = end
   return found
 
 

@@ -207,6 +207,49 @@ def test_a_bare_network_and_its_buffers_are_read(tmp_path):
   assert_same_tree(found, params)
 
 
+def test_a_head_that_is_not_the_embedding_counts(tmp_path):
+  """Though the config says tied; as in transformers, and said."""
+  tied = dataclasses.replace(LLAMA, tie_embeddings=True)
+  params = random_params(tied)
+  save(tmp_path, params, tied)
+  file = tmp_path / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  embedding = tensors["model.embed_tokens.weight"]
+  write(file, tensors | {"lm_head.weight": embedding})
+  found, config = load(tmp_path)
+  assert config.tie_embeddings and "lm_head" not in found
+  write(file, tensors | {"lm_head.weight": embedding + 1})
+  with pytest.warns(
+    UserWarning, match="tie_word_embeddings: True, and lm_head"
+  ):
+    found, config = load(tmp_path)
+  assert not config.tie_embeddings
+  np.testing.assert_array_equal(found["lm_head"]["kernel"], embedding + 1)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
+def test_what_a_wrapper_put_in_front_is_taken_off(wrapper, tmp_path):
+  params = random_params(LLAMA)
+  save(tmp_path, params, LLAMA)
+  file = tmp_path / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  write(file, {wrapper + name: x for name, x in tensors.items()})
+  assert_same_tree(load(tmp_path)[0], params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_file_has_the_dtype_that_is_asked_for(dtype, tmp_path):
+  """It is known when it is read again, and is what an export has by default."""
+  params = random_params(LLAMA)
+  save(tmp_path, params, LLAMA, dtype=dtype)
+  found, config = load(tmp_path)
+  assert config.stored_dtype == dtype
+  assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+  kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+  rounded = jax.tree.map(lambda x: x.astype(kind).astype(np.float32), params)
+  assert_same_tree(found, rounded)
+
+
 # Refusals.
 
 
@@ -317,6 +360,37 @@ def test_flipped_bit(directory, byte):
   content[byte] ^= 1
   file.write_bytes(content)
   assert "SHA256SUMS" in refusal(directory)
+
+
+def test_a_pointer_to_a_large_file(directory):
+  (directory / "SHA256SUMS").unlink()
+  (directory / "model.safetensors").write_text(
+    "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"
+  )
+  assert "a Git LFS pointer (`git lfs pull`" in refusal(directory)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+  (tmp_path / "adapter_config.json").write_text(
+    json.dumps({"base_model_name_or_path": "some/base"})
+  )
+  message = refusal(tmp_path)
+  assert "an adapter of 'some/base' and not a model; merge it" in message
+
+
+@pytest.mark.parametrize(
+  "name, meaning",
+  [
+    ("model.layers.0.self_attn.q_proj.lora_A.weight", "an adapter's"),
+    ("v_head.summary.weight", "a value head's"),
+    ("model.layers.0.mlp.up_proj.weight_scale", "quantised"),
+  ],
+)
+def test_tensors_that_say_what_a_file_is(directory, name, meaning):
+  file = directory / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  write(file, tensors | {name: np.zeros(2, np.float32)})
+  assert f"{name} is extra ({meaning}" in refusal(directory)
 
 
 def test_absent_shard(saved, tmp_path):

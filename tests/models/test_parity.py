@@ -116,21 +116,26 @@ def test_logits_and_round_trip(name, pairs, tmp_path):
 @pytest.mark.parametrize("name", zoo.CONFIGS)
 def test_greedy_tokens(name, pairs):
   """With a cache, beside a shorter prompt, as the sampler decodes."""
-  torch = pytest.importorskip("torch")
   model, (params, config), _ = pairs(name)
-  short, whole = TOKENS[:1, :3], TOKENS[1:, :7]
-  wanted = [
+  prompts = [TOKENS[0, :3], TOKENS[1, :7]]
+  found = greedy(params, config, prompts, 12)
+  np.testing.assert_array_equal(found, torch_greedy(model, prompts, 12))
+
+
+def torch_greedy(model, prompts, count):
+  """Each prompt by itself."""
+  import torch
+
+  return [
     model.generate(
-      torch.as_tensor(prompt),
-      max_new_tokens=12,
+      torch.as_tensor(prompt[None]),
+      max_new_tokens=count,
       do_sample=False,
       eos_token_id=None,
       pad_token_id=0,
-    )[0, prompt.shape[1] :].numpy()
-    for prompt in (short, whole)
+    )[0, len(prompt) :].numpy()
+    for prompt in prompts
   ]
-  found = greedy(params, config, [short[0], whole[0]], 12)
-  np.testing.assert_array_equal(found, wanted)
 
 
 def greedy(params, config, prompts, count):
