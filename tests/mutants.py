@@ -715,11 +715,11 @@ MUTANTS = (
   Mutant(
     "chosen-and-rejected-of-a-file",
     "rlhf_jax/data/readers.py",
-    "return PairText(prompt, chosen, rejected)",
-    "return PairText(prompt, rejected, chosen)",
+    'return PairText(_field(where, row, "prompt"), chosen, rejected)',
+    'return PairText(_field(where, row, "prompt"), rejected, chosen)',
     (
       "tests/data/test_readers.py"
-      "::test_pairs_as_they_stand_and_with_the_prompt_cut_off"
+      "::test_prompts_are_cut_off_where_all_responses_repeat_them"
     ),
   ),
   # Steps.

@@ -9,7 +9,6 @@ from rlhf_jax.data import texts as texts_lib
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.text import toy_language
 
-
 MANY_CUT = 0.1  # Of the prompts; more speaks of a length that is set wrong.
 
 

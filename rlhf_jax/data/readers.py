@@ -113,9 +113,10 @@ def read_pairs(path: Path) -> tuple[list[PairText], Counts]:
   """Reads preference pairs: `.jsonl` with `prompt`, `chosen`, `rejected`.
 
   Where all responses of the file begin with their prompts these are cut from
-  them: some begin so by chance. Where there is no prompt the two are transcripts, and the prompt is what they share up to
-  and including their last common `Assistant:` marker. Pairs that teach nothing
-  are left out and counted; a white field is an error.
+  them: some begin so by chance. Where there is no prompt the two are
+  transcripts, and the prompt is what they share up to and including their last
+  common `Assistant:` marker. Pairs that teach nothing are left out and counted;
+  a white field is an error.
 
   Raises:
     UserError: The file or one of its rows cannot be used, or more than

@@ -480,7 +480,7 @@ RULES = (
 )
 
 
-def _longest(m) -> float:
+def _longest(m):
   """Of a network; config.model has no rope whose positions have an end."""
   return getattr(m, "longest", math.inf)
 

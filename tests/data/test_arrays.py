@@ -33,6 +33,29 @@ def texts():
 # Layout.
 
 
+@pytest.mark.parametrize(
+  "size, bos_id, expected",
+  [
+    (3, 1, [1, 6, 7]),
+    (5, 1, [1, 4, 5, 6, 7]),
+    (6, 1, [1, 3, 4, 5, 6, 7]),
+    (3, 3, [5, 6, 7]),  # It does not begin with that.
+    (3, None, [5, 6, 7]),
+    (1, 1, [7]),
+  ],
+)
+def test_a_prompt_that_is_cut_keeps_its_bos(size, bos_id, expected):
+  prompts, _ = arrays.prompts_array(
+    [[1, 3, 4, 5, 6, 7]],
+    prompt_length=size,
+    pad_id=0,
+    vocab_size=9,
+    where="here",
+    bos_id=bos_id,
+  )
+  assert prompts.tokens.tolist() == [expected]
+
+
 def test_prompts_by_hand():
   prompts, cut = arrays.prompts_array(
     [[1], [2, 3, 4], [5, 6, 7, 8, 9]], prompt_length=3, **LIMITS

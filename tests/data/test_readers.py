@@ -1,5 +1,6 @@
 """Readers: every refusal with its place, and what is accepted and counted."""
 
+import gzip
 import json
 import pathlib
 
@@ -88,11 +89,20 @@ def test_documents_between_separator_lines(write):
   assert counts == readers.Counts("texts", rows=2, duplicates=0)
 
 
-def test_pairs_as_they_stand_and_with_the_prompt_cut_off(write):
-  rows = [pair("p", "c", "r"), pair("Hi", "Hi you", "Hi!")]
-  pairs, _ = readers.read_pairs(write(rows))
-  assert pairs == [("p", "c", "r"), ("Hi", " you", "!")]
-  assert isinstance(pairs[0], readers.PairText)
+def test_prompts_are_cut_off_where_all_responses_repeat_them(write):
+  """By the file, and said: a row may begin with its prompt by chance."""
+  repeating = [pair("a", "a b", "a c"), pair("Hi", "Hi you", "Hi!")]
+  pairs, counts = readers.read_pairs(write(repeating))
+  assert pairs == [("a", " b", " c"), ("Hi", " you", "!")]
+  assert "each prompt cut from its responses" in str(counts)
+  by_chance = [
+    pair("p", "c", "r"),
+    pair("Hi", "Hi you", "Hi!"),
+    pair("So", "So it is", "No"),
+  ]
+  pairs, counts = readers.read_pairs(write(by_chance))
+  assert pairs == [tuple(row.values()) for row in by_chance]
+  assert isinstance(pairs[0], readers.PairText) and "cut" not in str(counts)
 
 
 def test_the_prompt_of_transcripts_ends_with_the_last_shared_marker(write):
@@ -326,12 +336,29 @@ def test_refuses_transcripts_of_two_conversations(write):
   )
 
 
-@pytest.mark.parametrize("without", ["chosen", "rejected"])
-def test_refuses_a_prompt_that_begins_one_response_only(without, write):
-  row = {**pair("Hi", "Hi a", "Hi b"), without: "Ho c"}
-  assert refusal(readers.read_pairs, write([pair(), row])).startswith(
-    f"rows.jsonl:2: {without}: does not begin with the prompt, and the other"
-  )
+@pytest.mark.parametrize(
+  "row, found",
+  [
+    ('{"prompt": "a", "prompt": "b"}', "'prompt' stands twice in one object"),
+    ('{"prompt": "a", "meta": {"x": 1, "x": 2}}', "'x' stands twice"),
+    ('{"prompt": "a", "score": NaN}', "NaN is no number of JSON's"),
+    ('{"prompt": "a", "score": -Infinity}', "-Infinity is no number"),
+  ],
+)
+def test_refuses_what_json_has_not_in_any_column(row, found, tmp_path):
+  """Python's reader keeps the last of two values, and takes NaN."""
+  path = tmp_path / "rows.jsonl"
+  path.write_text(f'{{"prompt": "ok"}}\n{row}\n')
+  with pytest.raises(UserError, match=r"rows\.jsonl:2: not usable") as e:
+    readers.read_prompts(path)
+  assert found in str(e.value)
+
+
+def test_a_compressed_file_is_named_for_what_it_is(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(gzip.compress(b'{"prompt": "a"}'))
+  with pytest.raises(UserError, match="compressed by gzip; unpack it"):
+    readers.read_prompts(path)
 
 
 # Real files.

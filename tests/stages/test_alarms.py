@@ -10,6 +10,7 @@ QUIET = {
   "kl/reverse_k1_se": 0.5,
   "kl/clamp_fraction": 0.0,
   "rollout/logprob_max_abs_diff": 1e-6,
+  "rollout/truncated_fraction": 0.2,
 }
 
 
@@ -37,6 +38,8 @@ def raised(compute_dtype="float32", **figures):
     ({"logprob_max_abs_diff": 0.0009}, None),
     ({"logprob_max_abs_diff": 0.001}, None),
     ({"logprob_max_abs_diff": 0.0011}, "rollout/logprob_max_abs_diff = 0.0011"),
+    ({"truncated_fraction": 0.5}, None),
+    ({"truncated_fraction": 0.96}, "rollout/truncated_fraction = 96% of the"),
     # NaN is another room's business, and no figure to compare.
     ({"reverse_k1": np.nan}, None),
     ({"reverse_k1": -9.0, "reverse_k1_se": np.nan}, None),

@@ -308,7 +308,7 @@ def test_alarms_are_printed(policy, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(alarms.MISMATCH_TOLERANCE, "float32", -1.0)
   train(policy, tmp_path / "run")
   printed = capsys.readouterr().out
-  assert printed.count("alarm: ") == 1
+  assert printed.count("alarm: rollout/logprob") == 1
   assert "dpo step 0 alarm: rollout/logprob_max_abs_diff = " in printed
 
 
@@ -325,6 +325,30 @@ def test_pairs_of_a_file(policy, tmp_path, monkeypatch):
   metrics = read(run / "summary.json")["metrics"]
   assert metrics["dpo/heldout_accuracy"] == 1
   assert "reward/gold" not in metrics and metrics["kl/reverse_exact"] > 0
+
+
+def long_pairs(same, total):
+  """Of 15 words a response; in `same` of them only the last word differs."""
+  words = ["the", "film", "was", "dull", "."] * 3
+  for i in range(total):
+    other = [*words[:-1], "dull"] if i < same else ["lovely", *words[1:]]
+    yield {
+      "prompt": "it was" if i % 2 else "the plot was",
+      "chosen": " " + " ".join(words),
+      "rejected": " " + " ".join(other),
+    }
+
+
+def test_pairs_that_are_the_same_once_they_are_cut(policy, tmp_path, capsys):
+  """They are counted and left out; many are refused."""
+  few = write(tmp_path / "few.jsonl", long_pairs(1, 40))
+  train(policy, tmp_path / "run", f"data.path={few}", "train.steps=1")
+  assert "1 pairs are the same once they are cut" in capsys.readouterr().out
+  many = write(tmp_path / "many.jsonl", long_pairs(4, 40))
+  with pytest.raises(
+    errors.UserError, match=r"response_length: 8; .* the same in 4 of 40"
+  ):
+    train(policy, tmp_path / "other", f"data.path={many}")
 
 
 @pytest.mark.parametrize(

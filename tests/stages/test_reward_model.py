@@ -104,6 +104,13 @@ def test_another_policy_to_stand_on_is_refused_on_resume(config, tmp_path):
     pipeline.run(config(), str(workdir), resume=True)
 
 
+def test_a_reward_model_that_learned_nothing_is_refused(config, tmp_path):
+  """Its deviation would be a divisor: noise, blown up to a reward."""
+  still = config("optimizer.learning_rate=1e-9")
+  with pytest.raises(errors.UserError, match=r"scores all .* alike \(dev"):
+    pipeline.run(still, str(tmp_path / "run"), resume=False)
+
+
 def test_what_is_held_out_judges_and_normalises(config, tmp_path, monkeypatch):
   """Held-out pairs are the other way round here: all of them are lost.
 
