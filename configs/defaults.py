@@ -153,7 +153,11 @@ def get_config() -> ConfigDict:
   config.optimizer.max_grad_norm = 1.0
 
   config.data = ConfigDict()
-  config.data.path = ""  # .jsonl or .txt; '': the built-in language
+  # .jsonl, .json (a list of rows) or .txt; '': the built-in language
+  config.data.path = ""
+  # What writes conversations: auto (the tokenizer's chat template), none, or a
+  # file with a template.
+  config.data.template = "auto"
   config.data.size = 4096  # the built-in language: texts, or pairs
   config.data.language = "reviews"  # notes, reviews, essays, by length
   # The class of the first word of this stage's texts and prompts: determiner,

@@ -5,8 +5,9 @@ without being counted. Lines end with LF or CRLF, blank ones are passed over,
 and a byte order mark is not text. Texts come back as they stand in the file:
 what looks like a special token is plain text here and in the tokenizer.
 
-Left out: chat templates, compressed files and data sets that are fetched by
-name. A file is read whole: this is data for fine-tuning.
+A prompt may be a conversation (`text.chat`): a list of messages in place of the
+text. Left out: compressed files and data sets that are fetched by name. A file
+is read whole: this is data for fine-tuning.
 """
 
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ import itertools
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.text import chat
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # Alone on a line of a .txt file.
 REPLY_MARKER = "\n\nAssistant:"  # Ends the prompt within a transcript.
@@ -45,7 +47,7 @@ Path = str | os.PathLike[str]
 class PairText(NamedTuple):
   """A prompt with the response that was preferred and the one that was not."""
 
-  prompt: str
+  prompt: str | chat.Chat
   chosen: str
   rejected: str
 
@@ -79,21 +81,31 @@ class Counts:
     return "; ".join([f"{self.rows:,} {self.noun}", *notes])
 
 
-def read_prompts(path: Path) -> tuple[list[str], Counts]:
+def read_prompts(path: Path) -> tuple[list[str | chat.Chat], Counts]:
   """Reads prompts: `.jsonl` with a field `prompt`, or `.txt`, one a line.
+
+  `prompt` may be a list of messages, as may `messages` or `conversations` in
+  its place; the last message is then not an assistant's. A `.json` file is a
+  list of such rows.
 
   Raises:
     UserError: The file or one of its rows cannot be used.
   """
-  if _suffix(path, ".jsonl", ".txt") == ".txt":
+  prompts: list[str | chat.Chat]
+  if _suffix(path, ".jsonl", ".json", ".txt") == ".txt":
     prompts = [line.text for line in _lines(path) if line.text.strip()]
   else:
-    prompts = [_field(where, row, "prompt") for where, row in _objects(path)]
+    prompts = [_prompt(where, row) for where, row in _objects(path)]
   return prompts, _count(path, "prompts", prompts)
 
 
-def read_texts(path: Path) -> tuple[list[tuple[str, str]], Counts]:
+def read_texts(
+  path: Path,
+) -> tuple[list[tuple[str | chat.Chat, str]], Counts]:
   """Reads (prompt, response) texts for supervised fine-tuning.
+
+  Of a conversation (`messages`, `conversations`) each message of the assistant
+  is a response to those before it.
 
   A `.jsonl` row has `prompt` and `response`, or `text` alone, which is a
   response to the prompt ''. A `.txt` file holds documents, also with the
@@ -102,10 +114,12 @@ def read_texts(path: Path) -> tuple[list[tuple[str, str]], Counts]:
   Raises:
     UserError: The file or one of its rows cannot be used.
   """
-  if _suffix(path, ".jsonl", ".txt") == ".txt":
+  texts: list[tuple[str | chat.Chat, str]]
+  if _suffix(path, ".jsonl", ".json", ".txt") == ".txt":
     texts = [("", document) for document in _documents(path)]
   else:
-    texts = [_text(where, row) for where, row in _objects(path)]
+    rows = _objects(path)
+    texts = [text for where, row in rows for text in _texts(where, row)]
   return texts, _count(path, "texts", texts)
 
 
@@ -118,19 +132,21 @@ def read_pairs(path: Path) -> tuple[list[PairText], Counts]:
   common `Assistant:` marker. Pairs that teach nothing are left out and counted;
   a white field is an error.
 
+  Of conversations, `chosen` and `rejected` are lists of messages that end with
+  the assistant's, and share all others; or the answers alone, beside a prompt.
+
   Raises:
     UserError: The file or one of its rows cannot be used, or more than
       `MAX_UNUSABLE_FRACTION` of the rows are identical, or have an empty reply.
   """
-  _suffix(path, ".jsonl")
+  _suffix(path, ".jsonl", ".json")
   pairs, identical, empty = [], [], []
   read = [(where, _pair(where, row)) for where, row in _objects(path)]
   repeated = bool(read) and all(_repeats_its_prompt(pair) for _, pair in read)
   for where, pair in read:
     if repeated:
-      pair = PairText(
-        pair.prompt, *(text[len(pair.prompt) :] for text in pair[1:])
-      )
+      size = len(cast(str, pair.prompt))
+      pair = PairText(pair.prompt, *(text[size:] for text in pair[1:]))
     if not pair.chosen.strip() or not pair.rejected.strip():
       empty.append(where)
     elif pair.chosen == pair.rejected:
@@ -147,6 +163,8 @@ def read_pairs(path: Path) -> tuple[list[PairText], Counts]:
 
 
 def _repeats_its_prompt(pair: PairText) -> bool:
+  if isinstance(pair.prompt, chat.Chat):
+    return False
   return all(text.startswith(pair.prompt) for text in pair[1:])
 
 
@@ -167,6 +185,44 @@ def _count(path: Path, noun: str, rows: list[Any]) -> Counts:
   return Counts(noun, len(rows), duplicates=len(rows) - len(set(rows)))
 
 
+def _conversation(where: str, row: dict[str, Any]) -> chat.Chat | None:
+  """Of a row that is one, and has no prompt besides."""
+  for name in ("messages", "conversations"):
+    if isinstance(row.get(name), list) and "prompt" not in row:
+      return chat.read(where, name, row[name])
+  return None
+
+
+def _prompt(where: str, row: dict[str, Any]) -> str | chat.Chat:
+  conversation = _conversation(where, row)
+  if conversation is None and isinstance(row.get("prompt"), list):
+    conversation = chat.read(where, "prompt", row["prompt"])
+  if conversation is None:
+    return _field(where, row, "prompt")
+  if conversation.answered:
+    raise UserError(
+      f"{where}: the last message is an assistant's; wanted one to answer"
+    )
+  return conversation
+
+
+def _texts(
+  where: str, row: dict[str, Any]
+) -> Iterator[tuple[str | chat.Chat, str]]:
+  conversation = _conversation(where, row)
+  if conversation is None:
+    yield _text(where, row)
+    return
+  messages = conversation.messages
+  answers = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
+  if not answers or answers[0] == 0:
+    raise UserError(
+      f"{where}: no message of an assistant that answers another; wanted one"
+    )
+  for i in answers:
+    yield chat.Chat(messages[:i]), messages[i][1]
+
+
 def _text(where: str, row: dict[str, Any]) -> tuple[str, str]:
   if "text" not in row:
     if "prompt" not in row:
@@ -182,6 +238,11 @@ def _text(where: str, row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _pair(where: str, row: dict[str, Any]) -> PairText:
+  if isinstance(row.get("chosen"), list):
+    return _pair_of_messages(where, row)
+  if isinstance(row.get("prompt"), list):
+    answers = (_field(where, row, name) for name in ("chosen", "rejected"))
+    return PairText(_prompt(where, row), *answers)
   chosen = _field(where, row, "chosen")
   rejected = _field(where, row, "rejected")
   if "prompt" not in row:
@@ -189,6 +250,39 @@ def _pair(where: str, row: dict[str, Any]) -> PairText:
     prompt = _shared_prompt(where, chosen, rejected)
     return PairText(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
   return PairText(_field(where, row, "prompt"), chosen, rejected)
+
+
+def _pair_of_messages(where: str, row: dict[str, Any]) -> PairText:
+  before = chat.Chat(())
+  if isinstance(row.get("prompt"), list):
+    before = chat.read(where, "prompt", row["prompt"])
+  elif "prompt" in row:
+    before = chat.Chat((("user", _field(where, row, "prompt")),))
+  sides = []
+  for name in ("chosen", "rejected"):
+    if not isinstance(row.get(name), list):
+      raise UserError(
+        f"{where}: {name}: not a list; wanted messages, as the other"
+      )
+    side = chat.read(where, name, row[name])
+    if side.messages[: len(before.messages)] != before.messages:
+      if len(side.messages) > 1:
+        raise UserError(
+          f"{where}: {name}: its messages do not begin with those of the prompt"
+        )
+      side = chat.Chat(before.messages + side.messages)
+    if not side.answered or len(side.messages) < 2:
+      raise UserError(
+        f"{where}: {name}: wanted an assistant's answer to a message at the end"
+      )
+    sides.append(side.messages)
+  chosen, rejected = sides
+  if chosen[:-1] != rejected[:-1]:
+    raise UserError(
+      f"{where}: rejected: its messages before the answer are not those of "
+      "chosen; wanted two answers to one conversation"
+    )
+  return PairText(chat.Chat(chosen[:-1]), chosen[-1][1], rejected[-1][1])
 
 
 def _shared_prompt(where: str, chosen: str, rejected: str) -> str:
@@ -244,7 +338,10 @@ class _Line(NamedTuple):
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The rows of a `.jsonl` file, each with its place."""
+  """The rows of a `.jsonl` or `.json` file, each with its place."""
+  if pathlib.Path(path).suffix == ".json":
+    yield from _rows_of_list(path)
+    return
   for line in _lines(path):
     if not line.text.strip():
       continue
@@ -267,6 +364,23 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ' such as {"prompt": "…"}'
       )
     yield line.where, row
+
+
+def _rows_of_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  text = "\n".join(line.text for line in _lines(path))
+  try:
+    rows = json.loads(
+      text, object_pairs_hook=_once_each, parse_constant=_no_number
+    )
+  except (RecursionError, ValueError) as error:
+    raise UserError(f"{path}: not usable JSON ({error})") from None
+  if not isinstance(rows, list):
+    raise UserError(f"{path}: {_JSON_NAMES[type(rows)]}; wanted a list of rows")
+  for number, row in enumerate(rows, start=1):
+    where = f"{path}: row {number}"
+    if not isinstance(row, dict):
+      raise UserError(f"{where}: {_JSON_NAMES[type(row)]}; wanted an object")
+    yield where, row
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

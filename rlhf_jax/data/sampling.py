@@ -16,17 +16,20 @@ from rlhf_jax.steps import rollout, sharding
 from rlhf_jax.storage import pretrained as pretrained_lib
 from rlhf_jax.text import tokenizer as tokenizer_lib
 
+# Texts or conversations; or ids.
+Prompts = Sequence[tokenizer_lib.Prompt] | Sequence[list[int]]
+
 # Compiled once for all who ask with the same settings.
 _rollout = jax.jit(rollout.rollout, static_argnames=("model", "config"))
 
 
 def prompts_array(
-  prompts: Sequence[str] | Sequence[list[int]],
+  prompts: Prompts,
   config: ConfigDict,
   pretrained: pretrained_lib.Pretrained,
   where: str,
 ) -> tuple[types.Prompts, arrays.Cut]:
-  """Prompts, as texts or as ids, in the layout that the rollout takes.
+  """Prompts in the layout that the rollout takes.
 
   With `rollout.prefix` in front, if there is one.
 
@@ -34,9 +37,9 @@ def prompts_array(
     UserError: A prompt is empty, or the prefix cannot be put in front.
   """
   ids = [
-    tokenizer_lib.encode_prompt(pretrained.tokenizer, prompt)
-    if isinstance(prompt, str)
-    else prompt
+    prompt
+    if isinstance(prompt, list)
+    else tokenizer_lib.encode_prompt(pretrained.tokenizer, prompt)
     for prompt in prompts
   ]
   lay_out = functools.partial(

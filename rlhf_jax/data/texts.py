@@ -83,7 +83,9 @@ def pack(
 
 def split_prompts(
   path: str, fraction: float
-) -> tuple[list[str], list[str], readers.Counts]:
+) -> tuple[
+  list[tokenizer_lib.Prompt], list[tokenizer_lib.Prompt], readers.Counts
+]:
   """Prompts of a file to train on, those held out, and what was read.
 
   The same rows are held out whatever the seed, so that all members of a sweep

@@ -6,7 +6,7 @@ can have: `HELD_OUT` and above, where theirs are below 2³² + 5. (They are shor
 so that some are equal to prompts that were trained on.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 
 import jax
@@ -42,7 +42,7 @@ def seed_of(seed: int, stream: int) -> int:
 
 def heldout_texts(
   config: ConfigDict, *, shared: bool
-) -> tuple[Sequence[str] | Sequence[list[int]], str]:
+) -> tuple[sampling.Prompts, str]:
   """`evaluate.prompts` prompts, and a line that says where they are from.
 
   Args:

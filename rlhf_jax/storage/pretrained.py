@@ -69,6 +69,7 @@ def load_policy(config: ConfigDict) -> Pretrained:
     return found
   if path := config.policy.tokenizer:
     tokenizer = tokenizer_lib.load(path)
+    tokenizer_lib.set_template(tokenizer, config.data.template)
     stop_ids = tokenizer_lib.stop_ids(path, tokenizer)
   else:
     tokenizer = toy_language.of(config).tokenizer()
@@ -89,8 +90,9 @@ def load(path: str, config: ConfigDict) -> Pretrained:
     "stage" in workdir_lib.read_config(directory)
   ):
     found = load_workdir(directory)
+    tokenizer_lib.set_template(found.tokenizer, config.data.template)
   else:
-    found = _load_hugging_face(directory)
+    found = _load_hugging_face(directory, config.data.template)
   tokenizer_lib.check(found.tokenizer, found.model.vocab_size, found.where)
   unroll = config.model.unroll or found.model.layers
   if found.model.layers % unroll:
@@ -134,11 +136,12 @@ def load_workdir(directory: pathlib.Path) -> Pretrained:
   )
 
 
-def _load_hugging_face(directory: pathlib.Path) -> Pretrained:
+def _load_hugging_face(directory: pathlib.Path, template: str) -> Pretrained:
   params, model = convert.load(
     directory, unroll=0, remat=False, compute_dtype="float32"
   )
   tokenizer = tokenizer_lib.load(directory)
+  tokenizer_lib.set_template(tokenizer, template)
   if "score_head" in params:  # One whose scores are what they are.
     params["normalisation"] = {"mean": jnp.zeros(()), "std": jnp.ones(())}
   else:

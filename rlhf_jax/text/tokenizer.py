@@ -4,8 +4,8 @@ A prompt is plain text: what looks like a special token in it is spelled out,
 never a turn, and BOS is put in front once where the tokenizer wants one. A
 response goes on where its prompt ends.
 
-Left out: chat templates (a prompt is used as it stands) and code that comes
-with a tokenizer.
+A conversation is written by the tokenizer's template (`text.chat`). Left out:
+code that comes with a tokenizer.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,10 @@ import transformers
 
 from rlhf_jax import errors
 from rlhf_jax.models import hf_files
+from rlhf_jax.text import chat
 
 Tokenizer = transformers.PreTrainedTokenizerBase
+Prompt = str | chat.Chat
 
 # Put before a text to see its ids as a continuation: for almost any text, one
 # of them is not joined to it. (A space would be lost after the line break.)
@@ -99,16 +101,17 @@ def stop_ids(
 ) -> tuple[int, ...]:
   """The ids that a model directory declares to end a text.
 
-  A union of the eos ids of the tokenizer, `generation_config.json` and
-  `config.json`: they often differ. The tokenizer's stands first, for texts to
-  learn from are ended with that one; the others follow in their order. A model
+  A union of what the chat template ends a turn with and the eos ids of the
+  tokenizer, `generation_config.json` and `config.json`: they often differ, and
+  stand in this order, for texts to learn from are ended with the first. A model
   may end on yet another id.
 
   Raises:
     UserError: If a file's eos is neither an id nor a list of ids.
   """
   own: Any = tokenizer.eos_token_id  # Its id may be typed as texts.
-  ids: list[int] = [] if own is None else [own]
+  first = chat.end_of_turn(tokenizer), own
+  ids: list[int] = [id_ for id_ in first if id_ is not None]
   for name in ("generation_config.json", "config.json"):
     path = pathlib.Path(directory) / name
     if not path.is_file():
@@ -124,13 +127,39 @@ def stop_ids(
   return tuple(dict.fromkeys(ids))
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-  """BOS once, where the tokenizer adds one, and the text; never an EOS."""
+def set_template(tokenizer: Tokenizer, template: str) -> None:
+  """Sets the chat template: "auto" is its own, "none" is none, else a file.
+
+  Raises:
+    UserError: The file cannot be read.
+  """
+  if template == "auto":
+    return
+  if template == "none":
+    tokenizer.chat_template = None
+    return
+  try:
+    text = pathlib.Path(template).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise errors.UserError(
+      f"config.data.template: {template}: {error}; wanted 'auto', 'none' or a "
+      "file with a template"
+    ) from error
+  tokenizer.chat_template = text
+
+
+def encode_prompt(tokenizer: Tokenizer, text: Prompt) -> list[int]:
+  """BOS once, where the tokenizer adds one, and the text; never an EOS.
+
+  A conversation is as the template writes it, the answer's turn begun.
+  """
+  if isinstance(text, chat.Chat):
+    return chat.prompt_ids(tokenizer, text)
   return _bos(tokenizer) + _encode(tokenizer, text)
 
 
 def encode_pair(
-  tokenizer: Tokenizer, prompt: str, response: str
+  tokenizer: Tokenizer, prompt: Prompt, response: str
 ) -> tuple[list[int], list[int]]:
   """A prompt as `encode_prompt` has it, and ids that continue it.
 
@@ -142,6 +171,8 @@ def encode_pair(
     UserError: If no ids of the response continue the prompt to the joint text.
   """
   prompt_ids = encode_prompt(tokenizer, prompt)
+  if isinstance(prompt, chat.Chat):
+    return prompt_ids, chat.answer_ids(tokenizer, prompt, response)
   joint_ids = encode_prompt(tokenizer, prompt + response)
   if joint_ids[: len(prompt_ids)] == prompt_ids:
     return prompt_ids, joint_ids[len(prompt_ids) :]

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax.data import readers
 from rlhf_jax.errors import UserError
+from rlhf_jax.text import chat
 
 DATA = pathlib.Path(__file__).parents[2].parent / "shared/data"
 GOOD = b'{"prompt": "a"}\n'
@@ -166,13 +167,15 @@ def test_refuses_what_is_no_file_of_a_known_kind(reader, write, tmp_path):
   folder.mkdir()
   assert refusal(reader, folder).startswith("folder.jsonl: Is a directory")
   message = refusal(reader, write(GOOD, "rows.csv"))
-  assert message.startswith("rows.csv: a file named '.csv'; wanted .jsonl")
+  assert message.startswith(
+    "rows.csv: a file named '.csv'; wanted .jsonl or .json"
+  )
   assert ".txt" in message or reader is readers.read_pairs
 
 
 def test_pairs_are_not_read_from_text(write):
   message = refusal(readers.read_pairs, write("a", "pairs.txt"))
-  assert message == "pairs.txt: a file named '.txt'; wanted .jsonl"
+  assert message == "pairs.txt: a file named '.txt'; wanted .jsonl or .json"
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -296,7 +299,6 @@ def test_a_missing_field_lists_those_there_are(write):
   [
     (3, "a number"),
     (None, "null"),
-    (["a"], "a list"),
     ({"a": 1}, "an object"),
     (True, "a boolean"),
   ],
@@ -390,3 +392,114 @@ def test_real_stories():
   assert all(text == text.strip() and text in written for _, text in texts[:50])
   prompts, _ = readers.read_prompts(real("story_prompts.jsonl"))
   assert prompts[0] == "One day, a little girl"
+
+
+# Conversations.
+
+USER, ANSWER = ("user", "hi"), ("assistant", "yes")
+
+
+def messages(*pairs):
+  return [{"role": role, "content": content} for role, content in pairs]
+
+
+def test_prompts_are_conversations(write):
+  rows = [
+    {"messages": messages(USER)},
+    {"prompt": messages(("system", "be brief"), USER), "answer": "x"},
+    {"conversations": [{"from": "human", "value": "hi"}]},
+    {"prompt": "hi"},
+  ]
+  prompts, counts = readers.read_prompts(write(rows))
+  assert prompts == [
+    chat.Chat((USER,)),
+    chat.Chat((("system", "be brief"), USER)),
+    chat.Chat((USER,)),
+    "hi",
+  ]
+  assert counts.duplicates == 1
+  answered = {"messages": messages(USER, ANSWER)}
+  with pytest.raises(UserError, match="the last message is an assistant's"):
+    readers.read_prompts(write([answered]))
+
+
+def test_each_answer_of_a_conversation_is_a_text(write):
+  row = {"messages": messages(USER, ANSWER, ("user", "so?"), ANSWER)}
+  texts, _ = readers.read_texts(write([row]))
+  assert texts == [
+    (chat.Chat((USER,)), "yes"),
+    (chat.Chat((USER, ANSWER, ("user", "so?"))), "yes"),
+  ]
+  with pytest.raises(
+    UserError, match="no message of an assistant that answers"
+  ):
+    readers.read_texts(write([{"messages": messages(ANSWER, USER)}]))
+
+
+@pytest.mark.parametrize(
+  "row",
+  [
+    {
+      "chosen": messages(USER, ANSWER),
+      "rejected": messages(USER, ("assistant", "no")),
+    },
+    {
+      "prompt": messages(USER),
+      "chosen": messages(ANSWER),
+      "rejected": messages(("assistant", "no")),
+    },
+    {
+      "prompt": "hi",
+      "chosen": messages(USER, ANSWER),
+      "rejected": messages(USER, ("assistant", "no")),
+    },
+    {"prompt": messages(USER), "chosen": "yes", "rejected": "no"},
+  ],
+)
+def test_pairs_of_messages(row, write):
+  """With the prompt in both, beside them, or as a text."""
+  pairs, _ = readers.read_pairs(write([row]))
+  assert pairs == [(chat.Chat((USER,)), "yes", "no")]
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    ({"chosen": messages(USER), "rejected": messages(USER)}, "an assistant's"),
+    ({"chosen": messages(USER, ANSWER), "rejected": "no"}, "not a list"),
+    (
+      {
+        "chosen": messages(USER, ANSWER),
+        "rejected": messages(("user", "ho"), ANSWER),
+      },
+      "not those of chosen",
+    ),
+    (
+      {
+        "prompt": "ho",
+        "chosen": messages(USER, ANSWER),
+        "rejected": messages(USER, ANSWER),
+      },
+      "do not begin with those of the prompt",
+    ),
+    (
+      {"prompt": "a", "chosen": ["b"], "rejected": "c"},
+      "message 1: not an obj",
+    ),
+  ],
+)
+def test_pairs_of_messages_that_are_none(row, message, write):
+  with pytest.raises(UserError, match=rf"rows\.jsonl:1: .*{message}"):
+    readers.read_pairs(write([row]))
+
+
+def test_a_json_file_is_a_list_of_rows(tmp_path):
+  path = tmp_path / "rows.json"
+  path.write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=1))
+  assert readers.read_prompts(path)[0] == ["a", "b"]
+  path.write_text('[{"prompt": "a"}, {"prompt": ""}]')
+  with pytest.raises(UserError, match=r"rows\.json: row 2: prompt: empty"):
+    readers.read_prompts(path)
+  path.write_text('{"prompt": "a"}')
+  with pytest.raises(UserError, match="an object; wanted a list of rows"):
+    readers.read_prompts(path)
