@@ -43,10 +43,11 @@ _LINES = ("metrics.jsonl", "samples.jsonl")
 class Workdir:
   """An open workdir; no other process can open it until it is closed."""
 
-  def __init__(self, path: pathlib.Path, lock: TextIO):
+  def __init__(self, path: pathlib.Path, lock: TextIO, *, is_new: bool):
     """Private: `open` checks and locks."""
     self.path = path
     self._lock = lock
+    self._is_new = is_new
 
   @classmethod
   def open(
@@ -76,10 +77,11 @@ class Workdir:
       )
     with _writing(place):
       _check_writable(place)
-      if is_workdir(place):
+      is_new = not is_workdir(place)
+      if not is_new:
         _check_goes_on(place, config, resume)
       place.mkdir(parents=True, exist_ok=True)
-      workdir = cls(place, _lock(place))
+      workdir = cls(place, _lock(place), is_new=is_new)
     workdir._replace("config.json", _dump(config))
     return workdir
 
@@ -90,8 +92,23 @@ class Workdir:
   def __enter__(self) -> "Workdir":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    # A run that was refused before it did anything was never begun: a command
+    # that mends it need not be told to resume.
+    if kind is errors.UserError and self._is_new:
+      self._remove_if_bare()
     self.close()
+
+  def _remove_if_bare(self) -> None:
+    """Removes what `open` wrote, and the directory, if nothing else is there.
+
+    What a refusal left in sub-workdirs is gone by then.
+    """
+    ours = {self.path / "config.json", self.path / ".lock"}
+    if set(self.path.iterdir()) <= ours:
+      for path in ours:
+        path.unlink(missing_ok=True)
+      self.path.rmdir()
 
   def sub(
     self, name: str, config: dict[str, Any], *, resume: bool

@@ -5,7 +5,6 @@ The models are not trained: what is shown here holds for any.
 
 import dataclasses
 import json
-import pathlib
 import shutil
 
 import jax
@@ -272,5 +271,4 @@ def test_an_opponent_that_is_a_reward_model(models, evaluate):
 
 def test_nothing_is_left_of_a_failure(evaluate, tmp_path):
   refusal(evaluate, policy="sft")
-  left = {path.name for path in pathlib.Path(tmp_path / "refused").iterdir()}
-  assert left == {"config.json", ".lock"}
+  assert not (tmp_path / "refused").exists()

@@ -372,3 +372,52 @@ def test_no_workdir_to_read(tmp_path):
   (tmp_path / "config.json").write_text("[]")
   with pytest.raises(errors.UserError, match="no JSON object"):
     workdir.read_config(tmp_path)
+
+
+def test_a_refusal_before_anything_was_done_leaves_nothing(tmp_path):
+  """Else the command that mends it would be told that there is a run."""
+  path = tmp_path / "runs" / "a"
+  with (
+    pytest.raises(errors.UserError, match="no such file"),
+    workdir.Workdir.open(path, {"stage": "ppo"}, resume=False) as opened,
+    opened.sub("sft", {"stage": "sft"}, resume=True),
+  ):
+    raise errors.UserError("no such file")
+  assert not path.exists()
+
+
+@pytest.mark.parametrize("error", [KeyError, errors.Preempted])
+def test_what_is_no_refusal_leaves_the_run(error, tmp_path):
+  with (
+    pytest.raises(error),
+    workdir.Workdir.open(tmp_path / "a", {}, resume=False),
+  ):
+    raise error("x")
+  assert (tmp_path / "a" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "notes.txt"])
+def test_a_refusal_later_leaves_what_was_done(name, tmp_path):
+  """And files of others."""
+  with (
+    pytest.raises(errors.UserError),
+    workdir.Workdir.open(tmp_path / "a", {}, resume=False) as opened,
+  ):
+    (opened.path / name).write_text("{}")
+    raise errors.UserError("x")
+  assert {path.name for path in (tmp_path / "a").iterdir()} == {
+    "config.json",
+    ".lock",
+    name,
+  }
+
+
+def test_a_refusal_on_resume_leaves_the_run(tmp_path):
+  with workdir.Workdir.open(tmp_path / "a", {}, resume=False):
+    pass
+  with (
+    pytest.raises(errors.UserError),
+    workdir.Workdir.open(tmp_path / "a", {}, resume=True),
+  ):
+    raise errors.UserError("x")
+  assert (tmp_path / "a" / "config.json").exists()
