@@ -68,7 +68,7 @@ def head_learner(estimator: str):
 
   per_token = lambda dtype=jnp.float32: jax.ShapeDtypeStruct((B, R), dtype)
   hidden = jax.ShapeDtypeStruct((B, R, D), jnp.float32)
-  head = jax.ShapeDtypeStruct((V, D), jnp.float32)
+  head = types.Head(jax.ShapeDtypeStruct((V, D), jnp.float32))  # pyright: ignore
   columns = {
     name: per_token()
     for name in ("logprobs", "reference_logprobs", "advantages", "weights")
@@ -104,7 +104,7 @@ def whole_learner(estimator: str):
     return {"transformer": policy, "value_head": head}
 
   price = jax.ShapeDtypeStruct((), jnp.float32)
-  head = jax.ShapeDtypeStruct((V, D), jnp.float32)
+  head = types.Head(jax.ShapeDtypeStruct((V, D), jnp.float32))  # pyright: ignore
 
   def learn(params, minibatch, price, reference_head):
     return learner.gradient(params, minibatch, price, reference_head, config)

@@ -111,8 +111,10 @@ def load(path: str, config: ConfigDict) -> Pretrained:
 
 def _of_tokens(model, tokenizer) -> transformer.TransformerConfig:
   """Rows of the embedding that the tokenizer has no text for are no tokens."""
-  tokens = len(tokenizer) if len(tokenizer) < model.vocab_size else None
-  return dataclasses.replace(model, tokens=tokens)
+  tokens = max(tokenizer.get_vocab().values()) + 1
+  return dataclasses.replace(
+    model, tokens=tokens if tokens < model.vocab_size else None
+  )
 
 
 def load_workdir(directory: pathlib.Path) -> Pretrained:
