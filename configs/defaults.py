@@ -328,7 +328,12 @@ def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
-  matches = difflib.get_close_matches(name, sorted(names), n=1)
+  # One that ends alike is meant before one that is spelled alike, and of these
+  # the least nested: `learning_rate` is the optimiser's.
+  ends = lambda full: full.rsplit(".", 1)[-1]
+  alike = [full for full in names if ends(full) == ends(name)]
+  matches = sorted(alike, key=lambda full: (full.count("."), full))
+  matches = matches or difflib.get_close_matches(name, sorted(names), n=1)
   if matches:
     return f". Did you mean {matches[0]!r}?"
   return "; configs/defaults.py lists the fields"

@@ -18,7 +18,8 @@ policy should not forget:
 
     python -m launch.evaluate --config=configs/evaluate.py:stories \
       --config.policy.path=runs/stories --config.data.path=PROMPTS.txt \
-      --config.evaluate.corpora=STORIES.txt --workdir=runs/stories-evaluated
+      "--config.evaluate.corpora=('STORIES.txt',)" \
+      --workdir=runs/stories-evaluated
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
 """The presets, and the argument that picks and changes one."""
 
+import importlib
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 from configs import defaults, dpo, ppo, quickstart, reward_model, sft
 
 ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("[a-z]*.py"))
 
 PRESETS = [
   (sft, "toy"),
@@ -53,6 +56,22 @@ def test_presets_are_complete(module, preset):
   assert json.loads(config.to_json_best_effort())["stage"] == config.stage
   with pytest.raises(AttributeError, match="beta"):
     config.kl.betta = 1.0
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
+def test_commands_in_a_docstring_parse(name):
+  """Each override is of a field, and of its type."""
+  module = importlib.import_module(f"configs.{name}")
+  for line in (module.__doc__ or "").replace("\\\n", " ").splitlines():
+    if not line.startswith("    python -m launch."):
+      continue
+    words = [word.lstrip("-") for word in shlex.split(line)]
+    (config,) = [w for w in words if w.startswith("config=")]
+    preset = config.partition(":")[2]
+    overrides = [
+      word.removeprefix("config.") for word in words if word[:7] == "config."
+    ]
+    defaults.apply_overrides(module.get_config(preset), overrides)
 
 
 def test_no_argument_is_the_first_preset():

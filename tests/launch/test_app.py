@@ -80,6 +80,7 @@ def test_a_command_without_a_config():
     ([], "--config: missing; wanted --config=VALUE"),
     (["--config="], "--workdir: missing"),
     (["--workdir="], "--workdir: missing"),
+    (["--config.learning_rate=1"], "Did you mean 'optimizer.learning_rate'"),
     (["--config.kl.betta=1"], "--config.kl.betta: no such field. Did you mean"),
     (["--config.kll.beta=1"], "Did you mean 'kl.beta'?"),
     (["--config.kl.beta=x"], "--config.kl.beta: 'x' is not of its type"),
