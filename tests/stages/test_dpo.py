@@ -356,7 +356,7 @@ def test_pairs_that_are_the_same_once_they_are_cut(policy, tmp_path, capsys):
   [
     ({"chosen": " ", "rejected": DULL}, "chosen: empty or white"),
     ({"chosen": LOVELY}, "rejected: missing"),
-    ({"chosen": [1], "rejected": DULL}, "chosen: a list; wanted a string"),
+    ({"chosen": [1], "rejected": DULL}, "chosen: message 1: not an object"),
     ({"chosen": DULL, "rejected": DULL}, "chosen: the same as rejected"),
   ],
 )
