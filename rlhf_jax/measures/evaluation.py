@@ -49,6 +49,9 @@ def heldout_texts(
     config: Names the file, or the built-in language.
     shared: Whether training read the file, too: prompts are then those that it
       held out. All rows of another file are.
+
+  Raises:
+    UserError: They are fewer than two: no figure of them has an error.
   """
   wanted = config.evaluate.prompts
   if not config.data.path:
@@ -67,6 +70,12 @@ def heldout_texts(
     how = ", all of them trained on: data.heldout_fraction holds out none"
   texts = held or texts
   count = min(wanted, len(texts))
+  if count < 2:
+    raise errors.UserError(
+      f"config.data.path: {path}: {count} prompt is held out of {counts.rows}; "
+      "at least 2 are wanted, for figures that have an error: raise "
+      "data.heldout_fraction, or bring more prompts"
+    )
   chosen = batches.batch_at(texts, seed=config.seed, step=0, batch_size=count)
   return chosen, f"{count} of {path}: {counts}{how}"
 

@@ -21,6 +21,7 @@ import jax
 from ml_collections import ConfigDict
 from rich import console as rich_console
 
+from rlhf_jax.measures import evaluation
 from rlhf_jax.settings import roles, rules, static
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.stages import sweep_frontier
@@ -39,6 +40,8 @@ def run(
 ) -> dict[str, Any]:
   """Trains the members in sub-workdirs, and returns the sweep's summary."""
   began = time.monotonic()
+  if config.sweep.frontier:  # Before all is trained that it will be asked of.
+    evaluation.heldout_texts(config, shared=True)
   models = roles.load(config)
   with contextlib.ExitStack() as stack:
     members = _members(config, workdir, resume, stack)
@@ -52,8 +55,16 @@ def run(
           console=console,
         )
     found = [_summary(member, workdir) for member in members]
+  # Before the frontier: what is trained is found, whatever becomes of that.
+  summary = _summarised(workdir, found, began)
   if config.sweep.frontier:
     sweep_frontier.write(config, workdir, models, found, console)
+    summary = _summarised(workdir, found, began)
+  return summary
+
+
+def _summarised(workdir, found, began) -> dict[str, Any]:
+  """Writes the sweep's summary."""
   wall_s = time.monotonic() - began
   summary = {"stage": "sweep", "wall_s": wall_s, "members": found}
   workdir.write_summary(summary)

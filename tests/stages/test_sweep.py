@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import defaults, ppo
+from rlhf_jax import errors
 from rlhf_jax.settings import devices, roles, static
-from rlhf_jax.stages import pipeline, sweep
+from rlhf_jax.stages import pipeline, sweep, sweep_frontier
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.storage import checkpoint
 from tests import tiny_network
@@ -311,3 +312,27 @@ def test_members_that_devices_do_not_divide(run, tmp_path, monkeypatch):
     name = f"beta={beta:g}"
     assert_near(rows(tmp_path / "run" / name), rows(run / f"{name},seed=0"))
   assert len(rows(tmp_path / "run" / "beta=1")) == 3
+
+
+def test_too_few_held_out_prompts_are_refused_before_training(
+  run, tmp_path, monkeypatch
+):
+  """One has no error; it was a traceback after all members had trained."""
+  monkeypatch.setattr(ppo_stage, "train", None)
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("it was\nthe film was\nthe plot was\nit felt\nit is\n")
+  config = on(run, "sweep.betas=(0.1, 0.3)", f"data.path={prompts}")
+  with pytest.raises(errors.UserError, match="1 prompt is held out of 5; at l"):
+    pipeline.run(config, str(tmp_path / "run"), resume=False)
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_summary_is_there_before_the_frontier(run, tmp_path, monkeypatch):
+  def fails(*_):
+    raise RuntimeError("out of memory")
+
+  monkeypatch.setattr(sweep_frontier, "write", fails)
+  config = on(run, "sweep.betas=(0.1, 0.3)", "train.steps=1")
+  with pytest.raises(RuntimeError, match="out of memory"):
+    pipeline.run(config, str(tmp_path / "run"), resume=False)
+  assert len(read(tmp_path / "run" / "summary.json")["members"]) == 2
