@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
   config.reward.path = ""  # model: a reward model's workdir
   config.reward.ensemble = ()  # model: workdirs of more, 'A','B'; mean of all
   config.reward.function = ""  # function, python: module:function
+  config.reward.special_tokens = False  # python: whether its texts have theirs
 
   config.kl = ConfigDict()
   config.kl.beta = 0.05  # reward units per nat; where a controller begins

@@ -87,7 +87,12 @@ def reward(config: ConfigDict, policy: pretrained_lib.Pretrained) -> Reward:
   if config.reward.kind == "function":
     text_rewards.check_traced(name, function)
     return Reward({}, rewards.from_function(function), name)
-  host = text_rewards.TextReward(name, function, policy.tokenizer)
+  host = text_rewards.TextReward(
+    name,
+    function,
+    policy.tokenizer,
+    special_tokens=config.reward.special_tokens,
+  )
   return Reward({}, rewards.from_host(host), name, host=host)
 
 

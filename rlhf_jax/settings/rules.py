@@ -338,6 +338,11 @@ RULES = (
     "() with reward.kind={c.reward.kind!r}; reward models form an ensemble",
   ),
   (
+    "reward.special_tokens",
+    lambda c: not c.reward.special_tokens or c.reward.kind == "python",
+    "False with reward.kind={c.reward.kind!r}, which reads ids and not texts",
+  ),
+  (
     "reward.function",
     lambda c: c.reward.kind != "model" or not c.reward.function,
     "'' with reward.kind='model', or reward.kind 'function' (of tokens, in"

@@ -37,7 +37,7 @@ def load_function(name: str) -> Callable:
   where = f"config.reward.function: {name!r}"
   try:
     module = importlib.import_module(module_name)
-  except Exception as error:  # A user's module may raise anything.
+  except (Exception, SystemExit) as error:  # A user's module may do all.
     raise errors.UserError(
       f"{where}: importing {module_name!r} failed: "
       f"{type(error).__name__}: {error}; wanted module:function"
@@ -74,8 +74,15 @@ class TextReward:
   """Makes a function of text one of token ids, as `rewards.from_host` wants."""
 
   def __init__(
-    self, name: str, function: TextFunction, tokenizer: PreTrainedTokenizerBase
+    self,
+    name: str,
+    function: TextFunction,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    special_tokens: bool = False,
   ):
+    """With `special_tokens` the texts have theirs, as the end of a turn."""
+    self._special_tokens = special_tokens
     self._name = name
     self._function = function
     self._tokenizer = tokenizer
@@ -101,7 +108,7 @@ class TextReward:
       return self._checked(scores, prompts)
     except errors.UserError as failure:
       self._failure = failure
-    except Exception as error:  # A user's function may raise anything.
+    except (Exception, SystemExit) as error:  # A user's function may do all.
       reason = " ".join(str(error).split())
       self._failure = errors.UserError(
         f"{self._name}: step {step}: raised {type(error).__name__}: {reason}; "
@@ -116,7 +123,9 @@ class TextReward:
       raise self._failure
 
   def _decode(self, ids: np.ndarray) -> str:
-    return tokenizer_lib.decode(self._tokenizer, ids.tolist())
+    return tokenizer_lib.decode(
+      self._tokenizer, ids.tolist(), special_tokens=self._special_tokens
+    )
 
   def _checked(self, scores: Any, prompts: list[str]) -> np.ndarray:
     def refuse(found: str):

@@ -186,10 +186,14 @@ def encode_pair(
   )
 
 
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-  """The text, without special tokens and without cosmetic clean-up."""
+def decode(
+  tokenizer: Tokenizer, ids: list[int], *, special_tokens: bool = False
+) -> str:
+  """The text, without special tokens (or with) and cosmetic clean-up."""
   text = tokenizer.decode(
-    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    ids,
+    skip_special_tokens=not special_tokens,
+    clean_up_tokenization_spaces=False,
   )
   assert isinstance(text, str)  # A list of texts would need a list of lists.
   return text

@@ -252,6 +252,7 @@ BAD_FIELDS = [
   ("reference.path=nowhere", "config.reference.path: 'nowhere'; wanted '' or"),
   ("reward.path=nowhere", "config.reward.path: 'nowhere'"),
   ("reward.ensemble='nowhere'", "reward.ensemble: 'nowhere'; wanted direct"),
+  ("reward.special_tokens=True", "which reads ids and not texts"),
   ("reward.ensemble=1", "config.reward.ensemble: 1; wanted directories"),
   ("reward.ensemble='.','tests/..'", "('.', 'tests/..')", "each model once"),
   ("reward.path=.,reward.ensemble='.'", "reward.path='.'; wanted each model"),

@@ -140,6 +140,9 @@ def test_templated_texts_are_counted(policy, tmp_path, capsys):
     "reward.function=tests.stages.conversation_reward:score",
     "train.steps=1",
     "data.heldout_fraction=0.0",
+    "rollout.stop_ids=(2,)",
   )
+  # As it was run, and not as it was loaded.
+  assert pretrained.load_workdir(tmp_path / "run").stop_ids == (END,)
   wanted = "alarm: 1 of 2 prompts spell special tokens, such as '<|im_"
   assert wanted in capsys.readouterr().out

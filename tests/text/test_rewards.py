@@ -53,9 +53,9 @@ def make_sequences() -> types.Sequences:
   )
 
 
-def run(function, tokenizer, step=7):
+def run(function, tokenizer, step=7, **options):
   """The reward after one compiled step that called it, and the scores."""
-  reward = text_rewards.TextReward("my:reward", function, tokenizer)
+  reward = text_rewards.TextReward("my:reward", function, tokenizer, **options)
   score = jax.jit(rewards.from_host(reward))
   scores = jax.device_get(score({}, make_sequences(), jnp.int32(step)))
   return reward, scores
@@ -179,6 +179,36 @@ def test_a_module_that_raises_while_imported(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(errors.UserError, match="failed: OSError: no disk"):
     text_rewards.load_function("broken_rewards:reward")
+
+
+def test_it_may_read_the_special_tokens(tokenizer):
+  """A reward for a turn that ends, or a thought that is closed, needs them."""
+  seen = {}
+
+  def score(prompts, responses):
+    seen.update(prompts=prompts, responses=responses)
+    return [0.0] * len(prompts)
+
+  run(score, tokenizer, special_tokens=True)
+  assert seen["prompts"] == ["<s> the cat", "<s> cat"]
+  assert seen["responses"][0] == "was happy </s>"
+  run(score, tokenizer)
+  assert (seen["prompts"], seen["responses"]) == (PROMPTS, RESPONSES)
+
+
+def test_a_function_that_exits_has_failed(tokenizer, tmp_path, monkeypatch):
+  """It would end the run without a word, and a thread with a traceback."""
+
+  def score(prompts, responses):
+    sys.exit("no key")
+
+  reward, _ = run(score, tokenizer)
+  with pytest.raises(errors.UserError, match="raised SystemExit: no key"):
+    reward.raise_if_failed()
+  (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(errors.UserError, match="'leaving' failed: SystemExit"):
+    text_rewards.load_function("leaving:score")
 
 
 def test_happy_words_by_hand():
