@@ -82,8 +82,8 @@ def sequences_array(
   """Lays out (prompt, response) ids, padded left to P and right to R tokens.
 
   A longer prompt is cut as by `prompts_array`, a longer response keeps its
-  first R. An
-  empty response is one of length 0. `Cut` counts prompts and responses.
+  first R. An empty response is one of length 0. `Cut` counts prompts and
+  responses.
 
   Raises:
     UserError: A prompt is empty, or an id is outside the vocabulary.

@@ -205,14 +205,14 @@ _GEMMA_DEFAULTS = {
 }
 _GELU = ("gelu_pytorch_tanh",)
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
-# Gemma 1 was published as "gelu" and meant, and was run, as tanh's GELU.
+# Gemma 1 was published as "gelu", and means tanh's, as transformers says too.
 _GEMMA = _llama_like(
   "gemma",
   "Gemma",
   sizes=_ATTENTION_BIAS,
   fixed=_GEMMA_FIXED,
   defaults=_GEMMA_DEFAULTS,
-  only={"hidden_act": (*_GELU, "gelu_new"), **_CAUSAL},
+  only={"hidden_act": (*_GELU, "gelu_new", "gelu"), **_CAUSAL},
   inert=_INERT | {"hidden_activation"},
 )
 _CAPS = {
@@ -528,7 +528,7 @@ def config_to_hf(
   Rope is written in both spellings, as other readers know only the old one.
 
   Raises:
-    UserError: If neither family has such an architecture.
+    UserError: If no family has such an architecture.
   """
   lost = {}
   # Its own before the others.
@@ -540,8 +540,8 @@ def config_to_hf(
   else:
     nearest = min(lost, key=lambda name: len(lost[name]))
     raise errors.UserError(
-      f"model as {nearest}: {', '.join(lost[nearest])}; no other family of"
-      f" transformers is nearer"
+      f"model as {nearest}: {', '.join(lost[nearest])}; no other family is "
+      "nearer"
     )
   name = family.reward_model if reward_model else family.language_model
   hf |= {

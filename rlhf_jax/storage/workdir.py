@@ -43,11 +43,14 @@ _LINES = ("metrics.jsonl", "samples.jsonl")
 class Workdir:
   """An open workdir; no other process can open it until it is closed."""
 
-  def __init__(self, path: pathlib.Path, lock: TextIO, *, is_new: bool):
-    """Private: `open` checks and locks."""
+  def __init__(
+    self, path: pathlib.Path, lock: TextIO, *, is_new: bool, is_made: bool
+  ):
+    """Private: `open` checks, makes and locks."""
     self.path = path
     self._lock = lock
     self._is_new = is_new
+    self._is_made = is_made
 
   @classmethod
   def open(
@@ -80,8 +83,9 @@ class Workdir:
       is_new = not is_workdir(place)
       if not is_new:
         _check_goes_on(place, config, resume)
+      is_made = not place.exists()
       place.mkdir(parents=True, exist_ok=True)
-      workdir = cls(place, _lock(place), is_new=is_new)
+      workdir = cls(place, _lock(place), is_new=is_new, is_made=is_made)
     workdir._replace("config.json", _dump(config))
     return workdir
 
@@ -100,7 +104,7 @@ class Workdir:
     self.close()
 
   def _remove_if_bare(self) -> None:
-    """Removes what `open` wrote, and the directory, if nothing else is there.
+    """Removes what `open` wrote or made, if nothing else is there.
 
     What a refusal left in sub-workdirs is gone by then.
     """
@@ -108,7 +112,8 @@ class Workdir:
     if set(self.path.iterdir()) <= ours:
       for path in ours:
         path.unlink(missing_ok=True)
-      self.path.rmdir()
+      if self._is_made:
+        self.path.rmdir()
 
   def sub(
     self, name: str, config: dict[str, Any], *, resume: bool

@@ -257,6 +257,14 @@ def test_gpt2_has_no_grouped_queries():
     write(config)
 
 
+def test_gemma_means_tanh_by_gelu():
+  """As it was published; `transformers` sets it right, too."""
+  gemma = LLAMA | {"model_type": "gemma", "architectures": None}
+  assert read(gemma | {"hidden_act": "gelu"}).activation == "geglu"
+  theirs = transformers.GemmaConfig(hidden_act="gelu")
+  assert theirs.hidden_act == "gelu_pytorch_tanh"
+
+
 def test_the_family_that_it_came_from_is_exported():
   """A Mistral without a window is a Llama, too."""
   assert write(OURS_LLAMA)["model_type"] == "llama"

@@ -386,6 +386,15 @@ def test_a_refusal_before_anything_was_done_leaves_nothing(tmp_path):
   assert not path.exists()
 
 
+def test_a_refusal_leaves_a_directory_that_was_there(tmp_path):
+  with (
+    pytest.raises(errors.UserError),
+    workdir.Workdir.open(tmp_path, {}, resume=False),
+  ):
+    raise errors.UserError("x")
+  assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [KeyError, errors.Preempted])
 def test_what_is_no_refusal_leaves_the_run(error, tmp_path):
   with (
