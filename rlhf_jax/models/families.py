@@ -124,12 +124,12 @@ def _llama_like(
     "readers": (fields.rotary(),),
     "inert": _INERT,
     "weights": layouts.llama(),
+    "reward_model": f"{name}ForSequenceClassification",
   }
   given["defaults"] = _LLAMA_DEFAULTS | given.get("defaults", {})
   return Family(
     model_type=model_type,
     language_model=f"{name}ForCausalLM",
-    reward_model=f"{name}ForSequenceClassification",
     **(usual | given),
   )
 
@@ -220,7 +220,7 @@ _CAPS = {
   "attention_scalar": "query_pre_attn_scalar",
   "logit_softcap": "final_logit_softcapping",
 }
-_GEMMA2_LIKE = {
+_GEMMA2_LIKE: dict[str, Any] = {
   "sizes": _ATTENTION_BIAS | _CAPS,
   "fixed": _GEMMA_FIXED | {"norms_after": True},
   "inert": _INERT | {"hidden_act"},
@@ -242,25 +242,22 @@ _GEMMA2 = _llama_like(
   readers=(fields.rotary(), fields.alternating(2)),
   weights=layouts.llama(norms=layouts.GEMMA2_NORMS),
 )
-_GEMMA3 = dataclasses.replace(
-  _llama_like(
-    "gemma3_text",
-    "Gemma3",
-    **_GEMMA2_LIKE,
-    defaults=_GEMMA_DEFAULTS
-    | {
-      "hidden_activation": "gelu_pytorch_tanh",
-      "query_pre_attn_scalar": 256,
-      "attn_logit_softcapping": None,
-      "final_logit_softcapping": None,
-      "sliding_window": 4096,
-    },
-    only={"hidden_activation": _GELU, **_CAUSAL},
-    readers=(fields.TWO_ROPES, fields.alternating(6)),
-    weights=layouts.llama(norms=layouts.GEMMA2_NORMS),
-  ),
-  fixed=_GEMMA_FIXED | {"norms_after": True, "qk_norm": "head"},
+_GEMMA3 = _llama_like(
+  "gemma3_text",
+  "Gemma3",
   reward_model="Gemma3TextForSequenceClassification",
+  **(_GEMMA2_LIKE | {"fixed": _GEMMA2_LIKE["fixed"] | {"qk_norm": "head"}}),
+  defaults=_GEMMA_DEFAULTS
+  | {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window": 4096,
+  },
+  only={"hidden_activation": _GELU, **_CAUSAL},
+  readers=(fields.TWO_ROPES, fields.alternating(6)),
+  weights=layouts.llama(norms=layouts.GEMMA2_NORMS),
 )
 
 _GPT_FIXED = {"norm": "layer", "mlp_bias": True}

@@ -219,15 +219,34 @@ def _layer_norms(**names: str) -> dict[str, Weight]:
   }
 
 
-def _linear(path: str, kernel: Weight, bias: Weight) -> dict[str, Weight]:
-  return {f"{path}/kernel": _transposed(kernel), f"{path}/bias": bias}
+def _biased_layers(
+  qkv: tuple[Weight, Weight], *, out: str, up: str, down: str
+) -> dict[str, Weight]:
+  """Attention and an MLP without a gate, all with biases, as torch's Linear.
+
+  Args:
+    qkv: Kernel and bias of queries, keys and values.
+    out: Of attention.
+    up: Into the MLP.
+    down: Out of it.
+  """
+  linear = {
+    "attention/qkv": qkv,
+    "attention/out": (_flat(f"{out}.weight"), _same(f"{out}.bias")),
+    "mlp/in": (_stacked(f"{up}.weight"), _stacked(f"{up}.bias")),
+    "mlp/out": (_flat(f"{down}.weight"), _same(f"{down}.bias")),
+  }
+  weights = {}
+  for path, (kernel, bias) in linear.items():
+    weights[f"layers/{path}/kernel"] = _transposed(kernel)
+    weights[f"layers/{path}/bias"] = bias
+  return weights
 
 
 def gpt_neox() -> dict[str, Weight]:
   """Path in our tree → tensors of a GPT-NeoX or Pythia."""
   layer = "gpt_neox.layers.{}."
-  qkv, out = f"{layer}attention.query_key_value", f"{layer}attention.dense"
-  up, down = f"{layer}mlp.dense_h_to_4h", f"{layer}mlp.dense_4h_to_h"
+  qkv = f"{layer}attention.query_key_value"
   return {
     "embedding/tokens": _same("gpt_neox.embed_in.weight"),
     "lm_head/kernel": _same("embed_out.weight"),
@@ -237,18 +256,12 @@ def gpt_neox() -> dict[str, Weight]:
       layers__mlp_norm=f"{layer}post_attention_layernorm",
       final_norm="gpt_neox.final_layer_norm",
     ),
-    **_linear(
-      "layers/attention/qkv",
-      _per_head(f"{qkv}.weight"),
-      _per_head(f"{qkv}.bias"),
+    **_biased_layers(
+      (_per_head(f"{qkv}.weight"), _per_head(f"{qkv}.bias")),
+      out=f"{layer}attention.dense",
+      up=f"{layer}mlp.dense_h_to_4h",
+      down=f"{layer}mlp.dense_4h_to_h",
     ),
-    **_linear(
-      "layers/attention/out", _flat(f"{out}.weight"), _same(f"{out}.bias")
-    ),
-    **_linear(
-      "layers/mlp/in", _stacked(f"{up}.weight"), _stacked(f"{up}.bias")
-    ),
-    **_linear("layers/mlp/out", _flat(f"{down}.weight"), _same(f"{down}.bias")),
   }
 
 
@@ -256,7 +269,6 @@ def opt() -> dict[str, Weight]:
   """Path in our tree → tensors of an OPT."""
   layer = "model.decoder.layers.{}."
   qkv = [f"{layer}self_attn.{x}_proj" for x in "qkv"]
-  out = f"{layer}self_attn.out_proj"
   return {
     "embedding/tokens": _same("model.decoder.embed_tokens.weight"),
     "embedding/positions": _same("model.decoder.embed_positions.weight"),
@@ -267,21 +279,14 @@ def opt() -> dict[str, Weight]:
       layers__mlp_norm=f"{layer}final_layer_norm",
       final_norm="model.decoder.final_layer_norm",
     ),
-    **_linear(
-      "layers/attention/qkv",
-      _grouped(*(f"{name}.weight" for name in qkv)),
-      _grouped(*(f"{name}.bias" for name in qkv)),
-    ),
-    **_linear(
-      "layers/attention/out", _flat(f"{out}.weight"), _same(f"{out}.bias")
-    ),
-    **_linear(
-      "layers/mlp/in",
-      _stacked(f"{layer}fc1.weight"),
-      _stacked(f"{layer}fc1.bias"),
-    ),
-    **_linear(
-      "layers/mlp/out", _flat(f"{layer}fc2.weight"), _same(f"{layer}fc2.bias")
+    **_biased_layers(
+      (
+        _grouped(*(f"{name}.weight" for name in qkv)),
+        _grouped(*(f"{name}.bias" for name in qkv)),
+      ),
+      out=f"{layer}self_attn.out_proj",
+      up=f"{layer}fc1",
+      down=f"{layer}fc2",
     ),
   }
 

@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 
 from rlhf_jax import errors
-from rlhf_jax.models import convert, transformer
+from rlhf_jax.models import transformer
+from tests.models.test_parity import load, logits, save
 
 DATA = pathlib.Path(__file__).parents[2].parent / "shared/data"
 LLAMA = transformer.TransformerConfig(
@@ -51,15 +52,6 @@ GPT2 = dataclasses.replace(
 CONFIGS = {"llama": LLAMA, "llama_biased": LLAMA_BIASED, "gpt2": GPT2}
 
 
-def load(directory):
-  return convert.load(directory, unroll=0, remat=False, compute_dtype="float32")
-
-
-def save(directory, params, config, **options):
-  ids = {"stop_ids": (2, 5), "pad_id": 0, "bos_id": 1}
-  convert.save(directory, params, config, **ids, **options)
-
-
 def random_params(config, reward_model=False):
   """Every leaf random, biases and scales too."""
   init = lambda: transformer.init(
@@ -76,20 +68,6 @@ def random_params(config, reward_model=False):
 
 def on_device(params):
   return jax.tree.map(jnp.asarray, params)
-
-
-def hidden(params, config, tokens):
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  mask = jnp.tril(jnp.ones((*tokens.shape, tokens.shape[1]), bool))
-  x, _ = transformer.apply(
-    params, jnp.asarray(tokens), config=config, positions=positions, mask=mask
-  )
-  return x
-
-
-def logits(params, config, tokens):
-  params = on_device(params)
-  return hidden(params, config, tokens) @ transformer.head_kernel(params).T
 
 
 def assert_same_tree(found, wanted):
